@@ -4,7 +4,7 @@
 
 What each thing is there for:
     colour, shape   in the caption; constant                   -> does the video obey its text?
-    speed           0 to 2.5 px/frame, never in the caption    -> what the reward chooses
+    speed           0 to 2 px/frame, never in the caption    -> what the reward chooses
     size            never in the caption, constant in a clip   -> shows whether a stream remembers
     tint            the ground's hue turns once in 96 frames   -> shows whether a stream copies its first frames
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE, FRAMES, CLIPS_PER_CAPTION, DAY, FINE = 32, 48, 10, 96, 8     # FINE: sub-pixels per pixel side, for smooth edges
+SIZE, FRAMES, CLIPS_PER_CAPTION, DAY, FINE = 24, 48, 10, 96, 8     # FINE: sub-pixels per pixel side, for smooth edges
 COLOURS = {"red": (242, 51, 38), "green": (51, 217, 64), "blue": (64, 102, 255), "yellow": (255, 217, 38)}
 SHAPES = ("circle", "square", "triangle")
 
@@ -70,8 +70,8 @@ def main(folder):
     for i in range(CLIPS_PER_CAPTION):
         for colour in COLOURS:
             for shape in SHAPES:
-                speed = 2.5 * (i + rng.random()) / CLIPS_PER_CAPTION
-                size = 5 + 2 * rng.random()
+                speed = 2.0 * (i + rng.random()) / CLIPS_PER_CAPTION
+                size = 6 + 1.5 * rng.random()
                 frames, moved = draw_clip(shape, colour, speed, size, 2 * math.pi * rng.random(),
                                           rng.random(), rng.random(), rng.random())
                 name = f"clips/{colour}_{shape}_{i}.png"
