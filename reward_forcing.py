@@ -1,58 +1,151 @@
+#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "numpy", "tqdm", "pillow"]
 # ///
+"""Reward Forcing: a video model that generates for ever, in one file (after arXiv 2512.04678).
+
+A *teacher* looks at a whole clip at once and needs many denoising steps. The *student* is the same transformer made
+causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made before through a cache. Two ideas:
+    EMA-Sink  frames that leave the attention window are folded into the oldest ones, the *sink*, by an exponential
+              moving average:  sink <- alpha sink + (1 - alpha) leaving    -> class EMASinkCache
+    Re-DMD    distribution matching distillation, each sample weighted by how well it moves:
+              grad = exp(reward / beta) (x0_critic - x0_teacher) / |x - x0_teacher|    -> dmd_gradient, redmd_loss
+
+    python reward_forcing.py --toy                                      # train teacher and student, stream, report
+    python reward_forcing.py --stream --prompt "a red circle" --frames 240
+
+How to read it: top to bottom. Config, noise, data, the model, the sink, the rollout and the losses are the paper;
+what follows the losses is plumbing.
+
+    B batch   F frames   L frames per chunk   S sink frames   W window frames (sink and current chunk included)
+    N tokens per frame   H heads   D head dim   C channels (h, w: latent rows and columns)
+
+Time: sigma in [0, 1], 1 is pure noise. x_t = (1 - sigma) x0 + sigma noise; the model predicts the velocity
+v = noise - x0, so x0 = x_t - sigma v. Only add_noise and recover_x0 know this.
+
+Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan2.1 2503.20314; Muon (K. Jordan, 2024).
+"""
 import argparse
+import copy
+import difflib
+import importlib
+import inspect
+import itertools
+import json
 import math
-from dataclasses import dataclass, field, fields, replace
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch import nn
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------- Config
+# ---------------------------------------------------------------------------------------------------------- Config
+class BadInput(Exception):
+    """What the user gave cannot work; the message is one sentence that says how to mend it. Exit code 2."""
+
+
 @dataclass
 class Config:
-    dim: int = 96           # width of the transformer
-    ffn_dim: int = 384      # width inside its feed-forward layers
-    heads: int = 4          # attention heads
-    layers: int = 4         # transformer blocks
-    freq_dim: int = 64      # sinusoids that encode the noise level
-    text_dim: int = 32      # features per text token
-    text_len: int = 4       # text tokens, padding included
-    channels: int = 16      # latent channels
-    height: int = 32        # video height in pixels
-    width: int = 32         # video width in pixels
-    stride: int = 4         # pixels per latent pixel
-    chunk: int = 3          # L: latent frames generated together
-    sink: int = 3           # S: frames of memory that never leave
-    window: int = 9         # W: frames attention sees, sink and current chunk included
-    alpha: float = 0.9      # what the sink keeps at each update; 1 is a static sink
-    steps: int = 4          # denoising steps per chunk
-    shift: float = 5.0      # bends the schedule towards noise
-    clip: int = 15          # latent frames in a training clip
+    """Every field is a flag (--text-dim), and the comment beside it is the flag's help."""
+    # the transformer
+    dim: int = 128               # width of the transformer
+    ffn_dim: int = 256           # width inside its feed-forward layers
+    heads: int = 4               # attention heads
+    layers: int = 3              # transformer blocks
+    freq_dim: int = 64           # sinusoids that encode the noise level
+    text_dim: int = 32           # features per text token; in the toy the largest number of different words
+    text_len: int = 4            # text tokens, padding included
+    channels: int = 16           # latent channels
+    height: int = 24             # video height in pixels
+    width: int = 24              # video width in pixels
+    stride: int = 4              # pixels per latent pixel, in height and width
+    # the stream
+    chunk: int = 3               # L: frames generated together
+    sink: int = 3                # S: frames of memory that never leave the window; 0 is no sink
+    window: int = 9              # W: frames attention sees, sink and current chunk included
+    alpha: float = 0.9           # what the sink keeps at each update; 1 is a static sink
+    steps: int = 4               # denoising steps per chunk
+    shift: float = 3.0           # bends the noise schedule towards noise: sigma = shift u / (1 + (shift - 1) u)
+    # training
+    clip: int = 12               # frames in a training clip; longer than the window, so that the sink is updated too
+    teacher_steps: int = 2500    # training steps of the teacher
+    teacher_batch: int = 8       # clips per teacher step
+    teacher_lr: float = 0.06     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
+    drop_caption: float = 0.1    # how often the teacher sees no caption, which guidance needs
+    sample_steps: int = 16       # Euler steps of the teacher when it generates; a multiple of steps
+    guidance: float = 1.0        # x0 = cond + guidance (cond - uncond); 0 is none
+    ode_clips: int = 192         # teacher trajectories that the student regresses
+    ode_steps: int = 120         # training steps of that regression
+    ode_batch: int = 16          # clips per regression step
+    ode_lr: float = 0.02         # see teacher_lr
+    distill_steps: int = 80      # student steps of Re-DMD
+    distill_batch: int = 16      # rollouts per student or critic step
+    critic_ratio: int = 3        # critic steps per student step
+    student_lr: float = 0.005    # see teacher_lr
+    critic_lr: float = 0.01      # see teacher_lr
+    beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    ema: float = 0.9             # moving average of the student's weights, which is what streams
+    seed: int = 0                # of weights, batches and noise
+
+    def __post_init__(self):
+        if not 0 <= self.sink <= self.window - self.chunk:
+            raise BadInput(f"window={self.window} cannot hold sink={self.sink} and chunk={self.chunk}: "
+                           f"try --window {self.sink + 2 * self.chunk}")
+        multiple("clip", self.clip, "chunk", self.chunk)
+        multiple("sample_steps", self.sample_steps, "steps", self.steps)
+        multiple("height", self.height, "two latent pixels", 2 * self.stride)
+        multiple("width", self.width, "two latent pixels", 2 * self.stride)
+        multiple("dim", self.dim, "twice the heads", 2 * self.heads)
+        if self.head_dim < 6:
+            raise BadInput(f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
+                           "3-D RoPE needs 6, try fewer --heads")
+        for name, low, high in (("alpha", 0, 1), ("drop_caption", 0, 1), ("ema", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"{name}={getattr(self, name)} must lie between {low} and {high}")
+        if self.beta <= 0:
+            raise BadInput(f"beta={self.beta} must be above 0: use --beta inf for plain DMD")
 
     @property
-    def rows(self): return self.height // self.stride // 2
+    def rows(self): return self.height // self.stride // 2              # a token covers 2 x 2 latent pixels
     @property
     def cols(self): return self.width // self.stride // 2
     @property
-    def tokens(self): return self.rows * self.cols
+    def tokens(self): return self.rows * self.cols                      # N
     @property
-    def head_dim(self): return self.dim // self.heads
+    def head_dim(self): return self.dim // self.heads                   # D
     @property
-    def latent_shape(self): return (self.channels, self.height // self.stride, self.width // self.stride)
+    def latent(self): return self.channels, 2 * self.rows, 2 * self.cols   # (C, h, w)
     @property
     def sigmas(self): return [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
 
 
-# ----------------------------------------------------------------------------------------- Noise maths
+def multiple(name, value, of, unit):
+    if value < 1 or value % unit:
+        below = value // unit * unit
+        raise BadInput(f"{name}={value} is not a multiple of {of}={unit}: "
+                       f"try {f'{below} or ' if below > 0 else ''}{max(below, 0) + unit}")
+
+
+PRESETS = {
+    "toy": Config(),
+    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, text_dim=4096, text_len=512,
+                   height=480, width=832, stride=8, alpha=0.99, shift=5.0, clip=21, guidance=3.0),   # Wan2.1-T2V-1.3B
+}
+
+
+# ----------------------------------------------------------------------------------------------------- Noise maths
 def shift_sigma(u, shift):
+    """u in [0, 1] to a noise level in [0, 1]; larger shifts spend more of the schedule near noise (SD3, 2403.03206)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -64,9 +157,122 @@ def recover_x0(xt, velocity, sigma):
     return xt - sigma * velocity
 
 
-# ---------------------------------------------------------------------------------------------- Layers
+def per_sample(sigma, x):
+    """(B,) to (B, 1, ..., 1), so that it multiplies x (B, ...)."""
+    return sigma.view(-1, *[1] * (x.dim() - 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ Data
+def read_frames(path, size):
+    """One animated picture, or a still strip of square frames, as (F, 3, height, width) uint8; size is (width, height)."""
+    with Image.open(path) as image:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    if len(frames) == 1:
+        strip, side = frames[0], min(frames[0].size)
+        corners = [(x, y) for y in range(0, strip.height - side + 1, side) for x in range(0, strip.width - side + 1, side)]
+        frames = [strip.crop((x, y, x + side, y + side)) for x, y in corners]
+    frames = [frame if frame.size == size else ImageOps.fit(frame, size) for frame in frames]
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()
+
+
+def load_clips(folder, cfg):
+    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists them.
+
+    Raises BadInput that names the file for a missing list, a caption without its clip, and a broken or short clip.
+    """
+    folder, clips, captions = Path(folder), [], []
+    try:
+        entries = json.loads((folder / "captions.json").read_text())
+        files = [(entry["file"], entry["caption"]) for entry in entries]
+    except FileNotFoundError:
+        raise BadInput(f"{folder} has no captions.json: it should hold a list of {{\"file\": ..., \"caption\": ...}}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{folder / 'captions.json'} is not a list of {{\"file\": ..., \"caption\": ...}} ({error!r})")
+    if not files:
+        raise BadInput(f"{folder / 'captions.json'} lists no clip: add at least one")
+    for name, caption in files:
+        try:
+            frames = read_frames(folder / name, (cfg.width, cfg.height))
+        except FileNotFoundError:
+            raise BadInput(f"the caption {caption!r} has no clip: {folder / name} does not exist")
+        except Exception as error:                                      # Pillow raises many kinds on a broken file
+            raise BadInput(f"{folder / name} is not a picture that Pillow can read ({error}): replace or unlist it")
+        if len(frames) < cfg.clip:
+            raise BadInput(f"{folder / name} has {len(frames)} frames and a training clip {cfg.clip}: "
+                           "use a longer one or a smaller --clip")
+        clips.append(frames)
+        captions.append(caption)
+    return clips, captions
+
+
+class PatchCodec:
+    """The toy's VAE: principal components of stride x stride pixel patches, found in closed form.
+
+    encode: frames (B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) float, unit variance on average.
+    decode: the inverse, as near as C components allow. The full size puts the Wan VAE behind the same two methods.
+    """
+    def __init__(self, cfg, state):
+        self.cfg, self.state = cfg, state
+
+    @classmethod
+    def fit(cls, cfg, clips):
+        codec = cls(cfg, {})
+        pixels = torch.cat([codec.patches(clip[None]).flatten(0, 3) for clip in clips])
+        variance, basis = torch.linalg.eigh(torch.cov(pixels.double().T))   # ascending
+        variance, basis = variance.flip(0)[:cfg.channels], basis.flip(1)[:, :cfg.channels]
+        # Between plain PCA (details too faint to learn) and whitening (noise as loud as colour): divide by sqrt(std).
+        scale = variance.clamp_min(1e-8) ** 0.25
+        scale *= (variance / scale ** 2).mean().sqrt()
+        codec.state = {"mean": pixels.mean(0), "basis": basis.float(), "scale": scale.float()}
+        return codec
+
+    def patches(self, frames):                                          # (B, F, h, w, 3*stride*stride) in [-1, 1]
+        s = self.cfg.stride
+        x = (frames.float() / 127.5 - 1).unflatten(-1, (-1, s)).unflatten(-3, (-1, s))   # (B, F, 3, h, s, w, s)
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+
+    def encode(self, frames):
+        z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
+        return z.permute(0, 1, 4, 2, 3).contiguous()
+
+    def decode(self, latents):
+        s = self.cfg.stride
+        x = (latents.permute(0, 1, 3, 4, 2) * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
+        x = x.unflatten(-1, (3, s, s)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class WordText:
+    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word."""
+    def __init__(self, cfg, words):
+        self.cfg, self.words = cfg, words
+        if len(words) > cfg.text_dim:
+            raise BadInput(f"the captions use {len(words)} different words: try --text-dim {len(words)}")
+
+    @classmethod
+    def from_captions(cls, cfg, captions):
+        return cls(cfg, sorted({word for caption in captions for word in caption.lower().split()}))
+
+    def __call__(self, captions):
+        """Captions to (B, text_len, text_dim); the empty caption "" is the null caption of guidance. BadInput if unknown."""
+        features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
+        for row, caption in zip(features, captions):
+            words = caption.lower().split()
+            if len(words) > self.cfg.text_len:
+                raise BadInput(f"{caption!r} has {len(words)} words, room is for {self.cfg.text_len}: shorten it or raise --text-len")
+            for position, word in enumerate(words):
+                if word not in self.words:
+                    raise BadInput(f"the word {word!r} is not known; the words are: {', '.join(self.words)}")
+                row[position, self.words.index(word)] = 1
+        return features
+
+
+# ---------------------------------------------------------------------------------------------------------- Layers
 def rope_table(frames, rows, cols, head_dim):
-    """(2, frames*rows*cols, 1, head_dim/2): cosine and sine"""
+    """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
+
+    The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels).
+    """
     band = 2 * (head_dim // 6)
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).double()
     angles = [grid[:, axis, None] * 10000.0 ** -(torch.arange(0, size, 2).double() / size)
@@ -76,10 +282,21 @@ def rope_table(frames, rows, cols, head_dim):
 
 
 def rotate(x, table):
-    """x (..., T, H, D)"""
+    """RoPE: turn each (even, odd) channel pair of x (..., T, H, D) by the table's angles."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.to(x.dtype)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def patchify(x):
+    """(B, F, C, h, w) -> (B, F, N, C*4), each vector in the order (C, ph, pw)."""
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+
+
+def unpatchify(x, rows):
+    """(B, F, N, 4*C) -> (B, F, C, h, w), each vector in the order (ph, pw, C): not the one that goes in."""
+    x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, -1))             # (B, F, rows, cols, ph, pw, C)
+    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 class Attention(nn.Module):
@@ -87,18 +304,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)   # over all heads at once
 
     def query(self, x):
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))                     # (B, T, H, D)
 
     def key_value(self, x):
-        k, v = self.norm_k(self.k(x)), self.v(x)
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
 
     def forward(self, q, k, v):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.o(out.transpose(1, 2).flatten(2))
+        return self.o(out.transpose(1, 2).flatten(2))                                     # (B, T, H*D)
+
+
+def modulated_norm(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -110,18 +330,14 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, time, text, rope, layer, cache):
-        """x (B, F, N, C), time (B, 1 or F, 6, C), text: this layer's key and value"""
-        norm = lambda x, shift, scale: F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        """x (B, F, N, dim); time (B, F or 1, 6, dim); text: this layer's cross-attention key and value."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(3)
-        h = norm(x, shift1, scale1).flatten(1, 2)                       # (B, F*N, C)
+        h = modulated_norm(x, shift1, scale1).flatten(1, 2)                               # (B, F*N, dim)
         q, (k, v) = self.self_attn.query(h), self.self_attn.key_value(h)
-        if cache is None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        else:
-            q, k, v = cache.attend(layer, q, k, v)
+        q, k, v = cache.attend(layer, q, k, v) if cache else (rotate(q, rope), rotate(k, rope), v)
         x = x + gate1 * self.self_attn(q, k, v).view_as(x)
         x = x + self.cross_attn(self.cross_attn.query(self.norm3(x).flatten(1, 2)), *text).view_as(x)
-        return x + gate2 * self.ffn(norm(x, shift2, scale2))
+        return x + gate2 * self.ffn(modulated_norm(x, shift2, scale2))
 
 
 class Head(nn.Module):
@@ -132,21 +348,82 @@ class Head(nn.Module):
 
     def forward(self, x, time):
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(2).unbind(3)
-        return self.head(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return self.head(modulated_norm(x, shift, scale))
 
 
-def patchify(x):
-    """(B, F, C, 2r, 2c) -> (B, F, r*c, C*4)"""
-    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+# ---------------------------------------------------------------------------------------------------- EMASinkCache
+class EMASinkCache:
+    """What a causal stream remembers: S sink frames and the most recent W - S, as keys and values of every layer.
+
+    A frame that leaves the window is not dropped but folded into the sink, token by token, in every layer:
+        sink <- alpha sink + (1 - alpha) leaving            (Reward Forcing, EMA-Sink; alpha = 1 is a static sink)
+    Frame f folds into slot f mod S. The sink starts as the first S frames. It accumulates in float32: in bf16 an
+    update with alpha = 0.999 would mostly round away.
+    Keys are kept before RoPE and rotated at read time to their place in the window, so positions never run out.
+    Memory is constant however long the stream. Nothing in here carries gradient.
+
+    One chunk: make_room, then any number of passes (each calls attend in every layer), then append.
+    """
+    def __init__(self, cfg, batch, device="cpu", dtype=torch.float32):
+        def zeros(frames, dtype):
+            shape = 2, cfg.layers, batch, frames, cfg.tokens, cfg.heads, cfg.head_dim     # 2: keys, values
+            return torch.zeros(shape, device=device, dtype=dtype)
+        self.cfg = cfg
+        self.sink = zeros(cfg.sink, torch.float32)
+        self.recent = zeros(cfg.window - cfg.sink, dtype)
+        self.context = zeros(cfg.window - cfg.chunk, dtype).flatten(3, 4)   # what passes read: sink, recent, rotated
+        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim).to(device)
+        self.staged = [None] * cfg.layers   # keys and values of the newest pass
+        self.seen = 0                       # frames appended so far
+        self.held = 0                       # of which in `recent`
+        self.length = 0                     # tokens of context for the coming chunk
+        self.updates = 0                    # frames folded into the sink so far
+
+    def make_room(self):
+        """Evict what the coming chunk pushes out of the window; rotate what stays, once for all its passes."""
+        filled = min(self.seen, self.cfg.sink)
+        self.evict(max(0, filled + self.held + self.cfg.chunk - self.cfg.window))
+        frames = [self.sink[:, :, :, :filled].to(self.recent.dtype), self.recent[:, :, :, :self.held]]
+        keys, values = torch.cat(frames, 3).flatten(3, 4)                   # (layers, B, length, H, D)
+        self.length = keys.shape[2]
+        self.context[0, :, :, :self.length] = rotate(keys, self.rope[:, :self.length])
+        self.context[1, :, :, :self.length] = values
+
+    def evict(self, frames):
+        """Fold the oldest recent frames into the sink: one update per frame."""
+        oldest = self.seen - self.held
+        for i in range(frames if self.cfg.sink else 0):
+            slot = self.sink[:, :, :, (oldest + i) % self.cfg.sink]
+            slot.lerp_(self.recent[:, :, :, i].float(), 1 - self.cfg.alpha)
+            self.updates += 1
+        self.held -= frames
+        self.recent[:, :, :, :self.held] = self.recent[:, :, :, frames:frames + self.held].clone()
+
+    def attend(self, layer, q, k, v):
+        """q, k, v (B, L*N, H, D) of the chunk -> rotated q, and k, v with the context in front. Stages k, v."""
+        self.staged[layer] = k, v
+        here = self.rope[:, self.length:self.length + q.shape[1]]
+        context_k, context_v = self.context[:, layer, :, :self.length]
+        return rotate(q, here), torch.cat([context_k, rotate(k, here)], 1), torch.cat([context_v, v], 1)
+
+    @torch.no_grad()
+    def append(self):
+        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0)."""
+        new = torch.stack([torch.stack(pair) for pair in zip(*self.staged)]).unflatten(3, (self.cfg.chunk, -1))
+        to_sink = min(max(0, self.cfg.sink - self.seen), self.cfg.chunk)    # the first S frames are the sink's start
+        self.sink[:, :, :, self.seen:self.seen + to_sink] = new[:, :, :, :to_sink]
+        self.recent[:, :, :, self.held:self.held + self.cfg.chunk - to_sink] = new[:, :, :, to_sink:]
+        self.held += self.cfg.chunk - to_sink
+        self.seen += self.cfg.chunk
 
 
-def unpatchify(x, rows):
-    """(B, F, rows*cols, 4*C) -> (B, F, C, 2*rows, 2*cols), the vector in the order (ph, pw, C)"""
-    x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, -1))             # (B, F, r, c, ph, pw, C)
-    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-
+# ------------------------------------------------------------------------------------------------ VideoTransformer
 class VideoTransformer(nn.Module):
+    """Wan2.1's text-to-video transformer (2503.20314), its parameter names included: toy, teacher, critic and student.
+
+    model(x, sigma, model.embed_text(text)) sees the whole clip: bidirectional, the teacher and the critic.
+    model(x, sigma, model.embed_text(text), cache) sees the cached past and its own chunk: causal, the student.
+    """
     def __init__(self, cfg):
         super().__init__()
         self.cfg, dim = cfg, cfg.dim
@@ -156,122 +433,222 @@ class VideoTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, cfg.ffn_dim, cfg.heads) for _ in range(cfg.layers))
         self.head = Head(dim, cfg.channels * 4)
+        nn.init.zeros_(self.head.head.weight)                               # starts by predicting no velocity
+        nn.init.zeros_(self.head.head.bias)
         self.register_buffer("rope", rope_table(cfg.clip, cfg.rows, cfg.cols, cfg.head_dim), persistent=False)
 
     def embed_text(self, text):
-        """(B, T, text_dim) -> every layer's cross-attention key and value"""
-        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
-        text = self.text_embedding(text)
+        """(B, T <= text_len, text_dim) -> every layer's cross-attention key and value; once per prompt.
+
+        Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to.
+        """
+        text = self.text_embedding(F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])))
         return [block.cross_attn.key_value(text) for block in self.blocks]
 
-    def embed_time(self, sigma):
+    def embed_sigma(self, sigma):
+        """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, computed in float64."""
         half = self.cfg.freq_dim // 2
         freqs = 10000.0 ** (-torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
         angles = 1000 * sigma.double()[..., None] * freqs
         return torch.cat([angles.cos(), angles.sin()], -1).to(self.head.modulation.dtype)
 
     def forward(self, x, sigma, text, cache=None):
-        """x (B,F,C,h,w), sigma (B,) or (B,F)"""
-        weight = self.patch_embedding.weight.flatten(1)
+        """Velocity (B, F, C, h, w) at x of the same shape; sigma (B,), or (B, F) for a level per frame."""
         if sigma.dim() == 1:
             sigma = sigma[:, None]
-        time = self.time_embedding(self.embed_time(sigma))              # (B, F or 1, C)
-        time6 = self.time_projection(time).unflatten(-1, (6, -1))
+        time = self.time_embedding(self.embed_sigma(sigma))                 # (B, F or 1, dim)
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, F or 1, 6, dim)
         rope = self.rope[:, :x.shape[1] * self.cfg.tokens]
-        x = F.linear(patchify(x), weight, self.patch_embedding.bias)
+        x = F.linear(patchify(x), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         for layer, block in enumerate(self.blocks):
-            x = block(x, time6, text[layer], rope, layer, cache)
+            x = block(x, modulation, text[layer], rope, layer, cache)
         return unpatchify(self.head(x, time), self.cfg.rows)
 
 
-# --------------------------------------------------------------------------------------- EMASinkCache
-class EMASinkCache:
-    def __init__(self, cfg, batch, device="cpu", dtype=torch.float32):
-        def frames(n, dtype):
-            return torch.zeros(2, cfg.layers, batch, n, cfg.tokens, cfg.heads, cfg.head_dim, device=device, dtype=dtype)
-        self.cfg = cfg
-        self.sink = frames(cfg.sink, torch.float32)
-        self.recent = frames(cfg.window - cfg.sink, dtype)
-        self.context = frames(cfg.window - cfg.chunk, dtype)
-        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim).to(device)
-        self.seen = self.held = self.length = self.updates = 0
-        self.staged = [None] * cfg.layers
-
-    def make_room(self):
-        """Fold what must leave into the sink, then rotate the context once for all passes of the coming chunk."""
-        cfg, filled = self.cfg, min(self.seen, self.cfg.sink)
-        leave = max(0, filled + self.held + cfg.chunk - cfg.window)
-        if leave:
-            self.evict(leave)
-        self.length = filled + self.held
-        context = torch.cat([self.sink[:, :, :, :filled].to(self.recent.dtype), self.recent[:, :, :, :self.held]], 3)
-        keys, values = context.flatten(3, 4)
-        n = self.length * cfg.tokens
-        self.context[0].flatten(2, 3)[:, :, :n] = rotate(keys, self.rope[:, :n])
-        self.context[1].flatten(2, 3)[:, :, :n] = values
-
-    def evict(self, n):
-        first = self.seen - self.held
-        for i in range(n if self.cfg.sink else 0):
-            slot = self.sink[:, :, :, (first + i) % self.cfg.sink]
-            slot.lerp_(self.recent[:, :, :, i].float(), 1 - self.cfg.alpha)
-            self.updates += 1
-        self.held -= n
-        self.recent[:, :, :, :self.held] = self.recent[:, :, :, n:n + self.held].clone()
-
-    def attend(self, layer, q, k, v):
-        self.staged[layer] = (k, v)
-        n, here = self.length * self.cfg.tokens, self.rope[:, self.length * self.cfg.tokens:][:, :q.shape[1]]
-        context_k, context_v = self.context[:, layer].flatten(2, 3)[:, :, :n]
-        return rotate(q, here), torch.cat([context_k, rotate(k, here)], 1), torch.cat([context_v, v], 1)
-
-    def append(self):
-        """keep the keys and values of the last pass"""
-        new = torch.stack([torch.stack(kv) for kv in zip(*self.staged)]).detach().unflatten(3, (self.cfg.chunk, -1))
-        into_sink = min(max(0, self.cfg.sink - self.seen), self.cfg.chunk)
-        self.sink[:, :, :, self.seen:self.seen + into_sink] = new[:, :, :, :into_sink].float()
-        rest = new[:, :, :, into_sink:]
-        self.recent[:, :, :, self.held:self.held + rest.shape[3]] = rest
-        self.held += rest.shape[3]
-        self.seen += self.cfg.chunk
+# ------------------------------------------------------------------------------------------------ Reward, measures
+COLOURS = {"red": (242, 51, 38), "green": (51, 217, 64), "blue": (64, 102, 255), "yellow": (255, 217, 38)}
+SHAPES = ("circle", "square", "triangle")
 
 
-# -------------------------------------------------------------------------------------------- Rollout
-def rollout(model, text, cfg, draw, chunks, exit_step=None, cache=None):
-    """Yield `chunks` clean latent chunks (B, L, C, h, w)."""
-    first = draw()
-    cache = cache or EMASinkCache(cfg, first.shape[0], first.device, first.dtype)
-    prompt = model.embed_text(text)
-    sigmas = torch.tensor(cfg.sigmas + [0.0], device=first.device, dtype=first.dtype)
-    last = cfg.steps - 1 if exit_step is None else exit_step
-    for n in range(chunks):
+def track(frames):
+    """Find the one bright object in frames (B, F, 3, height, width) uint8.
+
+    Returns mask (B, F, height, width) in [0, 1], how much of each pixel it covers; centre (B, F, 2), x and y in px;
+    colour (B, F, 3) in [0, 1]. The ground is the frame's median colour. A frame without an object has an empty mask
+    and its centre in the middle of the picture.
+    """
+    pixels = frames.float() / 255
+    ground = pixels.flatten(3).median(3).values[..., None, None]
+    distance = (pixels - ground).square().sum(2).sqrt()
+    peak = distance.flatten(2).max(2).values[..., None, None]
+    core = (distance > 0.5 * peak).float()[:, :, None]
+    colour = (pixels * core).flatten(3).sum(3) / core.flatten(3).sum(3).clamp_min(1)
+    axis = colour[..., None, None] - ground                                 # from ground to object
+    cover = ((pixels - ground) * axis).sum(2) / axis.square().sum(2).clamp_min(1e-6)
+    mask = torch.where((cover > 0.1) & (peak > 0.2), cover.clamp(0, 1), 0.0)
+    weight = mask + 1e-6
+    rows, cols = (torch.arange(n, device=frames.device) + 0.5 for n in mask.shape[2:])
+    centre = torch.stack([(weight.sum(2) * cols).sum(2), (weight.sum(3) * rows).sum(2)], -1)
+    return mask, centre / weight.sum((2, 3))[..., None], colour
+
+
+def overlap(a, b):
+    """Soft intersection over union of masks (..., height, width), in [0, 1]; two empty masks overlap 0."""
+    return torch.minimum(a, b).sum((-2, -1)) / torch.maximum(a, b).sum((-2, -1)).clamp_min(1e-6)
+
+
+def shape_overlaps(mask, centre):
+    """(B, F, 3): the overlap of each mask with a circle, square and triangle of its own area and centre."""
+    rows, cols = (torch.arange(n, device=mask.device) + 0.5 for n in mask.shape[2:])
+    dx, dy = cols - centre[..., 0, None, None], rows[:, None] - centre[..., 1, None, None]
+    area = mask.sum((2, 3))[..., None, None]
+    half, circumradius = area.sqrt() / 2, (area / (0.75 * math.sqrt(3))).sqrt()
+    inside = (                                                              # distance to the edge, in px
+        (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt(),
+        half - torch.maximum(dx.abs(), dy.abs()),
+        circumradius / 2 - torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2),
+    )
+    return torch.stack([overlap(mask, (edge + 0.5).clamp(0, 1)) for edge in inside], -1)
+
+
+def motion_reward(frames, captions=None):
+    """(B,): how far the object travels, in px per frame, counting only clean motion. Any callable like this will do.
+
+    Of two steps in a row a and b only (|a + b| - |a - b|) / 2 counts: the whole of a straight move, nothing of a
+    jitter or of jumps at random. It counts in full only if the object keeps its form: it is multiplied by the overlap of each
+    mask, moved along, with the next one, so flicker and breaking up earn nothing.
+    """
+    mask, centre, _ = track(frames)
+    step = centre[:, 1:] - centre[:, :-1]                                   # (B, F-1, 2)
+    a, b = step[:, :-1], step[:, 1:]
+    progress = ((a + b).norm(dim=-1) - (a - b).norm(dim=-1)).clamp_min(0) / 2
+    size = torch.tensor([mask.shape[3], mask.shape[2]], device=mask.device)
+    move = torch.eye(2, device=mask.device).expand(step.shape[0] * step.shape[1], 2, 2)
+    move = torch.cat([move, (-2 * step / size).flatten(0, 1)[..., None]], 2)
+    before = mask[:, :-1].flatten(0, 1)[:, None]
+    moved = F.grid_sample(before, F.affine_grid(move, before.shape, align_corners=False), align_corners=False)
+    same = overlap(moved[:, 0].unflatten(0, step.shape[:2]), mask[:, 1:])   # (B, F-1)
+    return (progress * same[:, :-1] * same[:, 1:]).mean(1)
+
+
+def normalised(reward, clips, captions, cfg):
+    """`reward` shifted and scaled to mean 0 and deviation 1 over the data's training clips."""
+    pieces = [(piece, caption) for clip, caption in zip(clips, captions)
+              for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
+    scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
+    mean, deviation = scores.mean(), scores.std()
+    if not deviation > 1e-6:
+        raise BadInput(f"the reward is {mean:.3g} for every clip of the data: it can choose nothing, try another --reward")
+    return lambda frames, captions: (reward(frames, captions) - mean) / deviation
+
+
+def find_reward(name):
+    """"motion", or "module:function" of the user's own: (frames (B, F, 3, H, W) uint8, captions) -> (B,)."""
+    if name == "motion":
+        return motion_reward
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"--reward {name} was not found ({error}): use motion, or module:function")
+
+
+def measure(frames, captions, cfg):
+    """Five numbers about decoded frames (B, F, 3, height, width) uint8, means over the B clips.
+
+    colour  fraction of frames whose object is nearest in hue to the captioned colour (None if no caption names one)
+    shape   fraction of frames whose object overlaps the captioned shape best (None if no caption names one)
+    speed   px per frame that the object's centre moves
+    copy    mean over frames W and later of the largest correlation, over pixels, with a frame of the first chunk
+    drift   standard deviation, over 30 equal segments of at least L frames, of the quality: 100 x the overlap with the captioned shape
+    """
+    def wanted(names):                                                      # (B,) index of the captioned name, else -1
+        return torch.tensor([next((i for i, n in enumerate(names) if n in c.lower().split()), -1) for c in captions])
+
+    def rate(best, target):
+        named = target >= 0
+        return (best[named] == target[named, None]).float().mean().item() if named.any() else None
+    mask, centre, colour = track(frames)
+    hues = F.normalize(torch.tensor(list(COLOURS.values())).float(), dim=1)
+    overlaps, shape = shape_overlaps(mask, centre), wanted(SHAPES)
+    named = shape.clamp_min(0)[:, None, None].expand(-1, frames.shape[1], 1)
+    quality = torch.where(shape[:, None] >= 0, overlaps.gather(2, named)[..., 0], overlaps.max(2).values)
+    segment = max(cfg.chunk, frames.shape[1] // 30)
+    segments = quality[:, :frames.shape[1] // segment * segment].unflatten(1, (-1, segment)).mean(2)
+    flat = F.normalize((x := frames.float().flatten(2)) - x.mean(2, keepdim=True), dim=2)
+    later = min(cfg.window, frames.shape[1] - cfg.chunk)
+    similarity = flat[:, later:] @ flat[:, :cfg.chunk].mT
+    return {"colour": rate((F.normalize(colour, dim=2) @ hues.T).argmax(2), wanted(COLOURS)),
+            "shape": rate(overlaps.argmax(2), shape),
+            "speed": (centre[:, 1:] - centre[:, :-1]).norm(dim=-1).mean().item(),
+            "copy": similarity.max(2).values.mean().item(),
+            "drift": 100 * segments.std(1).mean().item()}
+
+
+# --------------------------------------------------------------------------------------------------------- Rollout
+def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
+    """Yield clean latent chunks (B, L, C, h, w), one after the other: training, evaluation and streaming are this.
+
+    draw() gives noise (B, L, C, h, w); chunks=None goes on for ever. Each chunk starts from noise at sigma = 1, then
+    predicts x0 and re-noises it with fresh noise, step by step; a last pass on the clean x0 at sigma = 0 writes the
+    cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step alone
+    carry them: its x0 is the training sample.
+    """
+    noise = draw()
+    cache = cache or EMASinkCache(cfg, len(noise), noise.device, noise.dtype)
+    learn = exit_step is not None and torch.is_grad_enabled()
+    sigmas = torch.tensor(cfg.sigmas + [0.0], device=noise.device, dtype=noise.dtype)[:, None].expand(-1, len(noise))
+    levels = sigmas[:-1] if exit_step is None else sigmas[:exit_step + 1]
+    with torch.set_grad_enabled(learn):
+        prompt = student.embed_text(text)
+    for n in itertools.count() if chunks is None else range(chunks):
         cache.make_room()
-        xt = draw() if n else first
-        for step in range(last + 1):
-            sigma = sigmas[step]
+        xt = draw() if n else noise
+        for step, sigma in enumerate(levels):
+            s = per_sample(sigma, xt)
             if step:
-                xt = add_noise(x0, draw(), sigma)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step == exit_step):
-                x0 = recover_x0(xt, model(xt, sigma.expand(len(xt)), prompt, cache), sigma)
-        yield x0
+                xt = add_noise(x0, draw(), s)
+            with torch.set_grad_enabled(learn and step == exit_step):
+                x0 = recover_x0(xt, student(xt, sigma, prompt, cache), s)
+        yield x0                                                            # handed out before the cache pass: latency
         with torch.no_grad():
-            model(x0.detach(), sigmas[-1].expand(len(xt)), prompt, cache)
+            student(x0.detach(), sigmas[-1], prompt, cache)
         cache.append()
 
 
-# --------------------------------------------------------------------------------------------- Losses
+# ---------------------------------------------------------------------------------------------------------- Losses
+def flow_matching_loss(model, x0, text, sigma, noise):
+    """Mean over the batch of |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B,), text from model.embed_text."""
+    velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
+    return (velocity - (noise - x0)).square().mean()
+
+
+critic_loss = flow_matching_loss    # the critic is a flow model of the student's samples; no reward weighs its loss
+
+
+def guided_x0(teacher, xt, sigma, text, null, guidance):
+    """The teacher's x0 with classifier-free guidance: cond + guidance (cond - uncond), text and null as features."""
+    both = teacher(xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), teacher.embed_text(torch.cat([text, null])))
+    cond, uncond = recover_x0(xt.repeat(2, 1, 1, 1, 1), both, per_sample(sigma.repeat(2), xt)).chunk(2)
+    return cond + guidance * (cond - uncond)
+
+
 def dmd_gradient(x, x0_real, x0_fake):
+    """(x0_fake - x0_real) / mean|x - x0_real|: where a sample should not go (DMD2, 2405.14867). All (B, F, C, h, w).
+
+    x is the student's sample, x0_real the teacher's and x0_fake the critic's denoising of a noised x.
+    The mean is over all but the batch. Zero where critic and teacher agree.
+    """
     normaliser = (x - x0_real).abs().mean(tuple(range(1, x.dim())), keepdim=True)
-    return (x0_fake - x0_real) / normaliser
+    return (x0_fake - x0_real) / normaliser.clamp_min(1e-8)
 
 
 def redmd_loss(x, gradient, reward, beta):
+    """Mean over the batch of exp(reward / beta) |x - stopgrad(x - gradient)|^2 / 2, reward (B,): one weight per sample.
+
+    Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD.
+    """
     weight = torch.exp(reward / beta)
-    per_sample = 0.5 * (x - (x - gradient).detach()).square().flatten(1).mean(1)
-    return (weight * per_sample).mean()
+    return (weight * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
 
 
-def critic_loss(model, x0, text, sigma, noise, weight=1.0):
-    s = sigma.view(-1, *[1] * (x0.dim() - 1))
-    velocity = model(add_noise(x0, noise, s), sigma, text)
-    return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
