@@ -38,6 +38,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -95,6 +96,7 @@ class Config:
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     ema: float = 0.9             # moving average of the student's weights, which is what streams
+    reward: str = "motion"       # who judges motion: motion, or module:function of your own
     seed: int = 0                # of weights, batches and noise
 
     def __post_init__(self):
@@ -652,3 +654,479 @@ def redmd_loss(x, gradient, reward, beta):
     return (weight * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
 
 
+# ------------------------------------------------------------------------------------- Optimiser, checkpoint, log
+class Muon(torch.optim.Optimizer):
+    """Momentum for matrices, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024): every direction moves alike.
+
+    Written out because torch has it from 2.9 on only, and to take all matrices of one shape through together.
+    """
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        shapes = {}
+        for p in self.param_groups[0]["params"]:
+            shapes.setdefault(p.shape, []).append(p)
+        for (rows, cols), params in shapes.items():
+            grad = torch.stack([p.grad for p in params])
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
+            momentum.lerp_(grad, 0.05)
+            x = grad.lerp(momentum, 0.95)
+            x = x.mT if rows > cols else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+            lr = self.param_groups[0]["lr"]
+            for p, direction in zip(params, x.mT if rows > cols else x):
+                p.mul_(1 - 0.01 * lr).sub_(direction, alpha=lr * max(1, rows / cols) ** 0.5)
+
+
+def make_optimizers(model, lr):
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+def update(model, optimizers, loss, max_norm):
+    """One optimiser step down the gradient of loss, clipped to max_norm; returns the norm before clipping."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm.item()
+
+
+def seeded(*what):
+    """A generator whose noise depends on `what` alone: a step needs no history, so a resumed run repeats it exactly."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, what)).encode()))
+
+
+def write_safely(path, write):
+    """write(temporary path), then rename: a run killed at any moment leaves the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:                                              # torch raises many kinds on a broken file
+        reason = str(error).splitlines()[0][:100]
+        raise BadInput(f"{path} is damaged or not a checkpoint ({reason}): delete it to train again")
+
+
+def refuse_other_config(path, state, cfg, free=()):
+    """BadInput that says what differs, unless the checkpoint's config is cfg in all but the `free` fields."""
+    there, here = state["config"], asdict(cfg)
+    differ = [f"{k}={there.get(k)} there and {here.get(k)} here" for k in {**there, **here}
+              if k not in free and there.get(k) != here.get(k)]
+    if differ:
+        raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
+
+
+class Run:
+    """A training run in the folder `out`: its data, its models so far, its checkpoint and its log.
+
+    state, which is what checkpoint.pt holds: config, data (a checksum), words, codec; models: the weights of every
+    finished stage; seconds each stage took; partial: step, weights and optimisers of the stage under way, or None.
+    """
+    def __init__(self, cfg, out, data, device):
+        self.cfg, self.out, self.device = cfg, Path(out), device
+        self.clips, self.captions = load_clips(data, cfg)
+        self.reward = normalised(find_reward(cfg.reward), self.clips, self.captions, cfg)
+        checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
+        self.path, self.log_path = self.out / "checkpoint.pt", self.out / "log.jsonl"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log_path.touch()
+        except OSError as error:
+            raise BadInput(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+        self.state = load_checkpoint(self.path)
+        if self.state is None:
+            self.state = {"config": asdict(cfg), "data": checksum, "models": {}, "seconds": {}, "partial": None,
+                          "words": WordText.from_captions(cfg, self.captions).words,
+                          "codec": PatchCodec.fit(cfg, self.clips).state}
+        refuse_other_config(self.path, self.state, cfg)
+        if self.state["data"] != checksum:
+            raise BadInput(f"{self.path} was trained on other data than {data}: match --data or choose another --out")
+        self.codec, self.text = PatchCodec(cfg, self.state["codec"]), WordText(cfg, self.state["words"])
+        self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
+        self.trim_log()
+
+    def trim_log(self):
+        """Drop the log lines that were written after the checkpoint: the steps they tell of will be taken again."""
+        partial = self.state["partial"] or {"stage": None, "step": 0}
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and (
+            (row := json.loads(line))["stage"] in self.state["models"]
+            or row["stage"] == partial["stage"] and row["step"] <= partial["step"])]
+        write_safely(self.log_path, lambda path: path.write_text("".join(kept)))
+
+    def save(self):
+        write_safely(self.path, lambda path: torch.save(self.state, path))
+
+    def model(self, name=None, trainable=False):
+        """A new VideoTransformer: freshly initialised, or with the weights of a finished stage."""
+        torch.manual_seed(self.cfg.seed)
+        model = VideoTransformer(self.cfg)
+        if name:
+            model.load_state_dict(self.state["models"][name])
+        return model.to(self.device).requires_grad_(trainable)
+
+    def noise(self, generator, batch, frames):
+        return torch.randn(batch, frames, *self.cfg.latent, generator=generator).to(self.device)
+
+    def features(self, captions):
+        return self.text(captions).to(self.device)
+
+    def train(self, stage, steps, models, optimizers, train_step, result):
+        """Call train_step(step, generator) -> {name: number} until `steps` are done; then models[result] is the stage's.
+
+        Goes on where the checkpoint stopped. Raises FloatingPointError, naming the step, if a logged number is not finite.
+        """
+        partial, start, before = self.state["partial"], 0, 0.0
+        if partial and partial["stage"] == stage:
+            start, before = partial["step"], partial["seconds"]
+            for name, model in models.items():
+                model.load_state_dict(partial["models"][name])
+            for optimizer, saved in zip(optimizers, partial["optimizers"]):
+                optimizer.load_state_dict(saved)
+        peak = [group["initial_lr"] for o in optimizers for group in o.param_groups
+                if group.setdefault("initial_lr", group["lr"])]
+        began = time.time()
+        bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
+        with self.log_path.open("a") as log:
+            for step in bar:
+                for group, lr in zip((group for o in optimizers for group in o.param_groups), peak):
+                    group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+                numbers = train_step(step, seeded(self.cfg.seed, stage, step))
+                wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
+                if wrong:
+                    raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
+                                             f"rate may help, {self.path} still holds the last good state")
+                if step % 10 == 0 or step == steps - 1:
+                    bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
+                    log.write(json.dumps({"stage": stage, "step": step + 1, **numbers}) + "\n")
+                if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:
+                    log.flush()
+                    self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - began,
+                                             "models": {name: model.state_dict() for name, model in models.items()},
+                                             "optimizers": [o.state_dict() for o in optimizers]}
+                    self.save()
+        self.state["models"][stage] = copy.deepcopy(models[result].state_dict())
+        self.state["seconds"][stage] = before + time.time() - began
+        self.state["partial"] = None
+        self.save()
+
+
+# ------------------------------------------------------------------------------------------------- Training stages
+def train_teacher(run):
+    """Stage 1: a bidirectional model learns the data by flow matching, now and then without its caption."""
+    cfg, teacher = run.cfg, run.model(trainable=True)
+    optimizers = make_optimizers(teacher, cfg.teacher_lr)
+
+    def train_step(step, g):
+        captions, crops = [], []
+        for i, flip in zip(torch.randint(len(run.clips), (cfg.teacher_batch,), generator=g).tolist(),
+                           torch.rand(cfg.teacher_batch, generator=g) < 0.5):
+            start = torch.randint(len(run.clips[i]) - cfg.clip + 1, (1,), generator=g).item()
+            crop = run.clips[i][start:start + cfg.clip]
+            crops.append(crop.flip(-1) if flip else crop)
+            captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
+        x0 = run.codec.encode(torch.stack(crops)).to(run.device)
+        even = (torch.arange(cfg.teacher_batch) + torch.rand(cfg.teacher_batch, generator=g)) / cfg.teacher_batch
+        sigma = shift_sigma(even, cfg.shift).to(run.device)                 # one level in each equal slice of (0, 1)
+        text = teacher.embed_text(run.features(captions))
+        loss = flow_matching_loss(teacher, x0, text, sigma, run.noise(g, *x0.shape[:2]))
+        return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
+    run.train("teacher", cfg.teacher_steps, {"teacher": teacher}, optimizers, train_step, "teacher")
+
+
+@torch.no_grad()
+def teacher_trajectory(teacher, noise, text, null, cfg):
+    """The guided teacher's path from noise (B, F, C, h, w) to video: (B, steps + 1, F, C, h, w), clean frames last.
+
+    sample_steps Euler steps; kept are the points at the student's sigmas.
+    """
+    sigmas = shift_sigma(torch.linspace(1, 0, cfg.sample_steps + 1), cfg.shift).tolist()
+    x, points = noise, []
+    for i, (sigma, after) in enumerate(tqdm(zip(sigmas, sigmas[1:]), "teacher sampling", cfg.sample_steps, leave=False)):
+        if i % (cfg.sample_steps // cfg.steps) == 0:
+            points.append(x)
+        x0 = guided_x0(teacher, x, torch.full((len(x),), sigma, device=x.device), text, null, cfg.guidance)
+        x = x0 + (x - x0) * after / sigma
+    return torch.stack(points + [x], 1)
+
+
+def train_ode(run):
+    """Stage 2: the causal student, started from the teacher, learns to jump to the end of the teacher's trajectories.
+
+    Each chunk gets its own noise level, and its context is the trajectory's clean end, through the cache as in streaming.
+    """
+    cfg, teacher = run.cfg, run.model("teacher")
+    captions = [run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)]
+    text = run.features(captions)
+    noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
+    paths = teacher_trajectory(teacher, noise, text, torch.zeros_like(text), cfg).unflatten(2, (-1, cfg.chunk))
+    student = run.model("teacher", trainable=True)
+    optimizers = make_optimizers(student, cfg.ode_lr)
+    sigmas = torch.tensor(cfg.sigmas, device=run.device)
+
+    def train_step(step, g):
+        picked = torch.randint(cfg.ode_clips, (cfg.ode_batch,), generator=g)
+        prompt = student.embed_text(text[picked])
+        cache = EMASinkCache(cfg, cfg.ode_batch, run.device)
+        losses = []
+        for chunk in range(cfg.clip // cfg.chunk):
+            cache.make_room()
+            level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
+            xt, clean, sigma = paths[picked, level, chunk], paths[picked, -1, chunk], sigmas[level]
+            x0 = recover_x0(xt, student(xt, sigma, prompt, cache), per_sample(sigma, xt))
+            losses.append((x0 - clean).square().mean())
+            with torch.no_grad():
+                student(clean, torch.zeros_like(sigma), prompt, cache)
+            cache.append()
+        loss = torch.stack(losses).mean()
+        return {"loss": loss.item(), "grad_norm": update(student, optimizers, loss, 1.0)}
+    run.train("ode", cfg.ode_steps, {"student": student}, optimizers, train_step, "student")
+
+
+def train_student(run):
+    """Stage 3: Re-DMD on the student's own rollouts. A critic, started from the teacher, learns what the student makes;
+    the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
+    cfg, teacher = run.cfg, run.model("teacher")
+    student, critic = run.model("ode", trainable=True), run.model("teacher", trainable=True)
+    average = run.model("ode")
+    student_optimizers, critic_optimizers = make_optimizers(student, cfg.student_lr), make_optimizers(critic, cfg.critic_lr)
+
+    def sample(g):
+        """A batch of rollouts (B, F, C, h, w), all stopped at one random step, their captions and the cache."""
+        captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
+        exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
+        cache = EMASinkCache(cfg, cfg.distill_batch, run.device)
+        chunks = rollout(student, run.features(captions), cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
+                         cfg.clip // cfg.chunk, exit_step, cache)
+        return torch.cat(list(chunks), 1), captions, cache
+
+    def noise_levels(g):
+        even = (torch.arange(cfg.distill_batch) + torch.rand(cfg.distill_batch, generator=g)) / cfg.distill_batch
+        return shift_sigma(even, cfg.shift).clamp(0.02, 0.98).to(run.device)
+
+    def train_step(step, g):
+        critic_losses = []
+        for _ in range(cfg.critic_ratio):
+            with torch.no_grad():
+                x, captions, _ = sample(g)
+            text = critic.embed_text(run.features(captions))
+            loss = critic_loss(critic, x, text, noise_levels(g), run.noise(g, *x.shape[:2]))
+            update(critic, critic_optimizers, loss, 1.0)
+            critic_losses.append(loss.item())
+
+        x, captions, cache = sample(g)
+        text, sigma = run.features(captions), noise_levels(g)
+        with torch.no_grad():
+            reward = run.reward(run.codec.decode(x), captions).to(run.device)
+            xt = add_noise(x, run.noise(g, *x.shape[:2]), per_sample(sigma, x))
+            x0_real = guided_x0(teacher, xt, sigma, text, torch.zeros_like(text), cfg.guidance)
+            x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
+            gradient = dmd_gradient(x, x0_real, x0_fake)
+            weight = torch.exp(reward / cfg.beta)
+        loss = redmd_loss(x, gradient, reward, cfg.beta)
+        norm = update(student, student_optimizers, loss, 10.0)
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), student.parameters()):
+                mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 10)))
+        return {"loss": loss.item(), "critic": sum(critic_losses) / cfg.critic_ratio, "reward": reward.mean().item(),
+                "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
+                "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
+    run.train("student", cfg.distill_steps, {"student": student, "critic": critic, "average": average},
+              student_optimizers + critic_optimizers, train_step, "average")
+
+
+# ------------------------------------------------------------------------------------------------------- Streaming
+def stream(student, codec, text, cfg, captions, frames=None, seed=0):
+    """Yield decoded frames (B, L, 3, height, width) uint8, one chunk at a time, as each is done; frames=None: for ever.
+
+    codec.decode and text(captions) as PatchCodec and WordText. BadInput if frames is not a multiple of the chunk.
+    """
+    if frames is not None:
+        multiple("frames", frames, "chunk", cfg.chunk)
+    generator, device = seeded(seed, "stream"), student.patch_embedding.weight.device
+    shape = len(captions), cfg.chunk, *cfg.latent
+    for latents in rollout(student, text(captions).to(device), cfg, lambda: torch.randn(shape, generator=generator).to(device),
+                           frames and frames // cfg.chunk):
+        yield codec.decode(latents)
+
+
+def save_gif(path, videos, scale=3, columns=4):
+    """Videos (B, F, 3, height, width) uint8 side by side as one GIF, 16 frames per second (in GIF's hundredths: 0.06 s)."""
+    rows = [torch.cat(list(row), 3) for row in videos.split(columns) if len(row) == min(columns, len(videos))]
+    frames = torch.cat(rows, 2).permute(0, 2, 3, 1).cpu().numpy()
+    images = [Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.NEAREST) for f in frames]
+    write_safely(path, lambda p: images[0].save(p, format="GIF", save_all=True, append_images=images[1:], duration=60, loop=0))
+
+
+def save_report(path, rows, captions, scale=3, shown=4, frames=6):
+    """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` of the captions."""
+    picked = [round(i * (len(captions) - 1) / (shown - 1)) for i in range(shown)]
+    height, width = next(iter(rows.values())).shape[3:]
+    left, top, cell_h, cell_w = 110, 18, height * scale + 4, width * scale * frames + 8
+    page = Image.new("RGB", (left + cell_w * shown, top + cell_h * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+    for x, b in enumerate(picked):
+        pen.text((left + x * cell_w, 3), captions[b], "black")
+    for y, (name, videos) in enumerate(rows.items()):
+        pen.text((4, top + y * cell_h + cell_h // 2 - 6), name, "black")
+        for x, b in enumerate(picked):
+            times = [round(i * (videos.shape[1] - 1) / (frames - 1)) for i in range(frames)]
+            cells = torch.cat([videos[b, t] for t in times], 2).permute(1, 2, 0).cpu().numpy()
+            page.paste(Image.fromarray(cells).resize((cell_w - 8, cell_h - 4), Image.NEAREST), (left + x * cell_w, top + y * cell_h))
+    write_safely(path, lambda p: page.save(p, format="PNG"))
+
+
+@torch.no_grad()
+def report(run, repeats=4, frames=240, part=60):
+    """Stage 4: sample every caption `repeats` times from teacher and students, stream every caption, measure, draw."""
+    cfg, began = run.cfg, time.time()
+    captions = run.prompts * repeats
+    noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
+    text = run.features(captions)
+    videos = {"teacher": run.codec.decode(
+        teacher_trajectory(run.model("teacher"), noise, text, torch.zeros_like(text), cfg)[:, -1])}
+    for name in ("ode", "student"):
+        starts, g = iter(noise.split(cfg.chunk, 1)), seeded(cfg.seed, "report", "renoise")
+        calls = itertools.count()
+
+        def draw():                                                         # every chunk starts from the teacher's noise
+            return next(starts) if next(calls) % cfg.steps == 0 else run.noise(g, len(captions), cfg.chunk)
+        videos[name] = run.codec.decode(torch.cat(list(rollout(run.model(name), text, cfg, draw, cfg.clip // cfg.chunk)), 1))
+    streaming = time.time()
+    bar = tqdm(stream(run.model("student"), run.codec, run.text, cfg, run.prompts, frames, cfg.seed), "stream", frames // cfg.chunk)
+    videos["stream"] = torch.cat(list(bar), 1)
+    streaming = time.time() - streaming
+    data = torch.stack([run.clips[run.captions.index(caption)][:cfg.clip] for caption in run.prompts])
+
+    metrics = {name: measure(video, captions if name != "stream" else run.prompts, cfg) for name, video in videos.items()}
+    for name, piece in (("first", videos["stream"][:, :part]), ("last", videos["stream"][:, -part:])):
+        metrics["stream"][name] = measure(piece, run.prompts, cfg)
+    per_clip = [measure(clip[None], [caption], cfg) for clip, caption in zip(run.clips, run.captions)]
+    metrics["data"] = {k: None if v is None else sum(m[k] for m in per_clip) / len(per_clip) for k, v in per_clip[0].items()}
+    n = len(run.prompts)
+    save_report(run.out / "report.png", {"data": data, "teacher": videos["teacher"], "student, ODE": videos["ode"],
+                                         "student, Re-DMD": videos["student"]}, run.prompts)
+    save_gif(run.out / "teacher.gif", videos["teacher"][:n])
+    save_gif(run.out / "student.gif", videos["student"][:n])
+    save_gif(run.out / "stream.gif", videos["stream"])
+    metrics["parameters"] = sum(p.numel() for p in run.model().parameters())
+    metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
+    write_safely(run.out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
+
+    rows = {"data": metrics["data"], "teacher": metrics["teacher"], "student, ODE": metrics["ode"], "student, Re-DMD": metrics["student"],
+            f"stream, first {part}": metrics["stream"]["first"], f"stream, last {part}": metrics["stream"]["last"]}
+    print(f"{'':18}" + "".join(f"{k:>8}" for k in metrics["data"]))
+    for name, row in rows.items():
+        print(f"{name:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
+    print(f"{n} streams of {frames} frames in {streaming:.1f} s, {n * frames / streaming:.0f} frames per second; "
+          f"report.png, *.gif and metrics.json are in {run.out}")
+
+
+# ------------------------------------------------------------------------------------------------------------ Main
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+
+    def refuse(message):
+        raise BadInput(message)
+    parser.error = refuse                                                   # one sentence instead of the usage text
+    parser.add_argument("--toy", action="store_true", help="train what --out does not hold yet, stream, write the report")
+    parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out to stream.gif")
+    parser.add_argument("--prompt", help="what to stream")
+    parser.add_argument("--frames", type=int, default=240, help="frames to stream")
+    parser.add_argument("--out", default="out", help="folder of the checkpoint and of all that is written")
+    parser.add_argument("--data", default=str(Path(__file__).parent / "tiny_data"), help="folder of clips and captions.json")
+    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{helps[f.name]} [{f.default}]".replace("%", "%%"))
+    return parser
+
+
+def parse(argv):
+    """(arguments, {config field: value given}); BadInput for a flag that does not exist, naming the nearest."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        raise BadInput(f"there is no {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags"))
+    return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
+
+
+def stream_command(args, given, device):
+    """Stream args.prompt from the checkpoint in args.out; --alpha, --sink, --window and --seed may differ from training."""
+    path = Path(args.out) / "checkpoint.pt"
+    state = load_checkpoint(path)
+    if state is None or "student" not in state["models"]:
+        raise BadInput(f"{path} holds no trained student yet: run python {Path(__file__).name} --toy --out {args.out} first")
+    try:
+        trained = Config(**state["config"])
+    except TypeError as error:
+        raise BadInput(f"{path} was made by another version of this program ({error}): choose another --out")
+    cfg = replace(trained, **given)
+    refuse_other_config(path, state, cfg, free=("alpha", "sink", "window", "seed"))
+    if "prompt" not in args:
+        raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
+    student = VideoTransformer(cfg).to(device).requires_grad_(False)
+    student.load_state_dict(state["models"]["student"])
+    codec, text = PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])
+    bar = tqdm(total=args.frames, desc="stream", unit="frame")
+    chunks, began = [], time.time()
+    for chunk in stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed):
+        chunks.append(chunk)
+        bar.update(cfg.chunk)
+    seconds = time.time() - began
+    bar.close()
+    save_gif(Path(args.out) / "stream.gif", torch.cat(chunks, 1), scale=8)
+    print(f"{args.frames} frames in {seconds:.2f} s, {args.frames / seconds:.0f} frames per second: {Path(args.out) / 'stream.gif'}")
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 1 if training failed, 2 for bad input, 130 if interrupted."""
+    try:
+        args, given = parse(argv)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"device {device} ({torch.get_num_threads()} threads), float32, torch {torch.__version__}")
+        if "stream" in args:
+            stream_command(args, given, device)
+        elif "toy" in args:
+            cfg = replace(PRESETS["toy"], **given)
+            print("config: the toy preset" + "".join(f", {k}={v}" for k, v in given.items()))
+            multiple("frames", args.frames, "chunk", cfg.chunk)
+            run = Run(cfg, args.out, args.data, device)
+            for stage, train in (("teacher", train_teacher), ("ode", train_ode), ("student", train_student)):
+                if stage not in run.state["models"]:
+                    train(run)
+            report(run, frames=args.frames)
+        else:
+            raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint")
+    except BadInput as error:
+        print(f"reward_forcing: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"reward_forcing: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nreward_forcing: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
