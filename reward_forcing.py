@@ -330,6 +330,8 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
+        with torch.no_grad():
+            self.modulation[:, [2, 5]] += 0.3                               # gates: start with open branches
 
     def forward(self, x, time, text, rope, layer, cache):
         """x (B, F, N, dim); time (B, F or 1, 6, dim); text: this layer's cross-attention key and value."""
@@ -1083,6 +1085,7 @@ def stream_command(args, given, device):
     refuse_other_config(path, state, cfg, free=("alpha", "sink", "window", "seed"))
     if "prompt" not in args:
         raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
+    multiple("frames", args.frames, "chunk", cfg.chunk)
     student = VideoTransformer(cfg).to(device).requires_grad_(False)
     student.load_state_dict(state["models"]["student"])
     codec, text = PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])

@@ -6,7 +6,7 @@ What each thing is there for:
     colour, shape   in the caption; constant                   -> does the video obey its text?
     speed           0 to 2 px/frame, never in the caption    -> what the reward chooses
     size            never in the caption, constant in a clip   -> shows whether a stream remembers
-    tint            the ground's hue turns once in 96 frames   -> shows whether a stream copies its first frames
+    tint            the ground's hue turns once in 48 frames   -> shows whether a stream copies its first frames
 """
 import json
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE, FRAMES, CLIPS_PER_CAPTION, DAY, FINE = 24, 48, 10, 96, 8     # FINE: sub-pixels per pixel side, for smooth edges
+SIZE, FRAMES, CLIPS_PER_CAPTION, DAY, FINE = 24, 48, 10, 48, 8     # FINE: sub-pixels per pixel side, for smooth edges
 COLOURS = {"red": (242, 51, 38), "green": (51, 217, 64), "blue": (64, 102, 255), "yellow": (255, 217, 38)}
 SHAPES = ("circle", "square", "triangle")
 
@@ -50,7 +50,7 @@ def draw_clip(shape, colour, speed, size, angle, x, y, dawn):
         cover = inside(shape, grid[None, :] - x, grid[:, None] - y, size)
         cover = cover.reshape(SIZE, FINE, SIZE, FINE).mean((1, 3))[..., None]
         hue = 2 * math.pi * (t / DAY + dawn)
-        ground = np.array([255 * (0.15 + 0.11 * math.cos(hue + 2 * math.pi * c / 3)) for c in range(3)])
+        ground = np.array([255 * (0.20 + 0.16 * math.cos(hue + 2 * math.pi * c / 3)) for c in range(3)])
         frames.append(np.floor(cover * COLOURS[colour] + (1 - cover) * ground + 0.5).astype(np.uint8))
         path.append((x, y))
         x, y = x + vx, y + vy

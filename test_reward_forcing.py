@@ -1,0 +1,495 @@
+"""Facts about reward_forcing.py, in file order. `pytest test_reward_forcing.py`, about a minute on two cores."""
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import reward_forcing as rf
+from reward_forcing import BadInput, Config, EMASinkCache, PRESETS, VideoTransformer, rollout
+
+HERE = Path(__file__).parent
+TOY = PRESETS["toy"]
+SMALL = replace(TOY, dim=24, ffn_dim=32, heads=2, layers=2, height=16, width=24, text_dim=16)   # 6 tokens per frame
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def data():
+    clips, captions = rf.load_clips(HERE / "tiny_data", TOY)
+    return torch.stack(clips), captions
+
+
+def random_model(cfg, dtype=torch.float64):
+    """Every parameter random and of a size that matters, norms, gates and head included."""
+    model = VideoTransformer(cfg).to(dtype).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.3 if p.dim() < 2 else p.shape[-1] ** -0.5)
+    return model
+
+
+def noise_of(cfg, batch, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(batch, cfg.chunk, *cfg.latent, generator=generator, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------ Config and flags
+def test_every_config_field_is_a_flag_with_help():
+    helps = {a.dest: a.help for a in rf.make_parser()._actions}
+    assert all(len(helps[f.name]) > 10 for f in fields(Config))
+
+
+@pytest.mark.parametrize("change, mend", [
+    ({"clip": 10}, "clip=10 is not a multiple of chunk=3: try 9 or 12"), ({"window": 5}, "--window 9"),
+    ({"sink": -1}, "window"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
+    ({"height": 20}, "try 16 or 24"), ({"sample_steps": 10}, "try 8 or 12"), ({"heads": 32}, "RoPE")])
+def test_impossible_config_is_refused_with_the_mend(change, mend):
+    with pytest.raises(BadInput, match=mend.replace("(", ".")):
+        replace(TOY, **change)
+
+
+# ----------------------------------------------------------------------------------------------------- Noise maths
+def test_x0_is_recovered_from_a_perfect_velocity():
+    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    for sigma in (0.0, 0.3, 1.0):
+        assert torch.allclose(rf.recover_x0(rf.add_noise(x0, noise, sigma), noise - x0, sigma), x0, atol=1e-12)
+
+
+def test_schedule_starts_at_pure_noise_and_matches_the_papers_levels():
+    assert np.allclose(replace(TOY, shift=5.0).sigmas, [1, 0.9375, 5 / 6, 0.625])
+
+
+# ------------------------------------------------------------------------------------------------------------ Data
+def test_tiny_data_is_what_its_script_draws_byte_for_byte(tmp_path):
+    subprocess.run([sys.executable, HERE / "tiny_data" / "make.py", tmp_path], check=True)
+    drawn = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert len(drawn) == 121
+    for name in drawn:
+        ours, theirs = HERE / "tiny_data" / name, tmp_path / name
+        if name.suffix == ".json":
+            assert ours.read_text() == theirs.read_text()
+        elif ours.read_bytes() != theirs.read_bytes():      # another zlib packs otherwise; the pixels may not differ
+            assert torch.equal(rf.read_frames(ours, (24, 24)), rf.read_frames(theirs, (24, 24))), name
+
+
+def test_tiny_data_is_small():
+    assert sum(p.stat().st_size for p in (HERE / "tiny_data").rglob("*") if p.is_file()) < 2e6
+
+
+def test_strips_and_animations_load_alike_and_other_sizes_are_cropped(tmp_path):
+    frames = rf.read_frames(HERE / "tiny_data/clips/red_square_3.png", (24, 24))
+    Image.fromarray(torch.cat(list(frames), 2).permute(1, 2, 0).numpy()).save(tmp_path / "strip.png")
+    assert torch.equal(rf.read_frames(tmp_path / "strip.png", (24, 24)), frames)
+    assert rf.read_frames(tmp_path / "strip.png", (16, 8)).shape == (48, 3, 8, 16)
+
+
+def test_broken_data_is_refused_by_file_name(tmp_path):
+    def refused(match):
+        with pytest.raises(BadInput, match=match):
+            rf.load_clips(tmp_path, TOY)
+    refused("has no captions.json")
+    for text in ("[", "{}", '[{"file": "a.png"}]', "[]"):
+        (tmp_path / "captions.json").write_text(text)
+        refused("captions.json")
+    (tmp_path / "captions.json").write_text('[{"file": "a.png", "caption": "a red circle"}]')
+    refused("'a red circle' has no clip.*a.png")
+    clip = (HERE / "tiny_data/clips/red_square_3.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(clip[:len(clip) // 2])
+    refused("a.png")
+    Image.new("RGB", (96, 24)).save(tmp_path / "a.png")
+    refused("a.png has 4 frames")
+
+
+def test_codec_returns_the_pixels_near_enough_for_the_tracker(data):
+    codec = rf.PatchCodec.fit(TOY, data[0])
+    latents = codec.encode(data[0])
+    assert latents.shape == (120, 48, 16, 6, 6) and abs(latents.std() - 1) < 0.05
+    decoded = codec.decode(latents)
+    assert 10 * math.log10(255 ** 2 / (decoded.float() - data[0].float()).square().mean()) > 29    # dB
+    seen = rf.measure(decoded, data[1], TOY)
+    assert seen["colour"] == 1 and seen["shape"] > 0.99
+
+
+def test_codec_without_compression_is_exact(data):
+    codec = rf.PatchCodec.fit(replace(TOY, channels=48), data[0][:, ::8])
+    assert torch.equal(codec.decode(codec.encode(data[0][:4])), data[0][:4])
+
+
+def test_unknown_word_is_refused_with_the_known_ones():
+    text = rf.WordText.from_captions(TOY, ["a red circle", "a blue square"])
+    with pytest.raises(BadInput, match="'purple'.*a, blue, circle, red, square"):
+        text(["a purple circle"])
+    assert text(["a red circle"]).sum() == 3 and text([""]).abs().sum() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- Model
+def test_unpatchify_inverts_patchify():
+    x = torch.randn(2, 3, 5, 4, 6)
+    vectors = rf.patchify(x).unflatten(-1, (5, 4)).transpose(-1, -2).flatten(-2)      # (C, ph, pw) to (ph, pw, C)
+    assert torch.equal(rf.unpatchify(vectors, rows=2), x)
+
+
+def test_patchify_feeds_the_embedding_as_a_convolution_would():
+    model, x = VideoTransformer(SMALL), torch.randn(1, 3, *SMALL.latent)
+    tokens = torch.nn.functional.linear(rf.patchify(x), model.patch_embedding.weight.flatten(1), model.patch_embedding.bias)
+    assert torch.allclose(tokens.flatten(1, 2), model.patch_embedding(x.transpose(1, 2)).flatten(2).mT, atol=1e-5)
+
+
+def test_rope_scores_depend_on_relative_position_only():
+    table = rf.rope_table(9, 2, 3, 24).double()
+    q, k = torch.randn(2, 1, 18, 1, 24, dtype=torch.float64)
+    score = lambda start: (rf.rotate(q, table[:, start:start + 18]) * rf.rotate(k, table[:, start + 6:start + 24])).sum(-1)
+    assert torch.allclose(score(0), score(24), atol=1e-5) and not torch.allclose(score(0), (q * k).sum(-1), atol=1e-2)
+
+
+def test_full_preset_is_wan_1_3b():
+    with torch.device("meta"):
+        model = VideoTransformer(PRESETS["full"])
+    state = model.state_dict()
+    assert len(state) == 825 and sum(p.numel() for p in state.values()) == 1_418_996_800
+    assert PRESETS["full"].tokens == 1560
+
+
+# --------------------------------------------------------------------------- Cache and rollout against a slow twin
+def slow_attention(attention, q, k, v):
+    out = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    return attention.o(torch.einsum("bhqk,bkhd->bqhd", out.softmax(-1), v).flatten(2))
+
+
+def slow_rope(x, positions, cfg):
+    """x (B, frames*N, H, D) with the given frame positions, by complex numbers."""
+    D, tokens = cfg.head_dim, []
+    for f in positions:
+        for r in range(cfg.rows):
+            for c in range(cfg.cols):
+                band = 2 * (D // 6)
+                tokens.append([f * 1e4 ** (-2 * i / (D - 2 * band)) for i in range((D - 2 * band) // 2)]
+                              + [p * 1e4 ** (-2 * i / band) for p in (r, c) for i in range(band // 2)])
+    turn = torch.polar(torch.ones(len(tokens), 1, D // 2, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64)[:, None])
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+
+def slow_pass(model, x, sigma, text, history):
+    """One uncached pass of a chunk. history[layer]: clean (k, v) of every earlier frame; the window is worked out anew.
+
+    Returns the velocity and every layer's own (k, v). Written from the paper, for float64.
+    """
+    cfg = model.cfg
+    time = model.time_embedding(model.embed_sigma(sigma))[:, None]
+    modulation = model.time_projection(time).unflatten(-1, (6, -1))
+    x = torch.nn.functional.linear(rf.patchify(x), model.patch_embedding.weight.flatten(1), model.patch_embedding.bias)
+    shape, own = x.shape, []
+    norm = lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    for layer, block in enumerate(model.blocks):
+        shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + modulation).unsqueeze(2).unbind(3)
+        h = (norm(x) * (1 + scale1) + shift1).flatten(1, 2)
+        q, (k, v) = block.self_attn.query(h), block.self_attn.key_value(h)
+        own.append((k, v))
+        past, keep = history[layer], max(0, cfg.window - cfg.sink - cfg.chunk)
+        sink = [frame for frame in past[:cfg.sink]]
+        gone = range(cfg.sink, max(cfg.sink, len(past) - keep))
+        for f in gone if cfg.sink else []:
+            sink[f % cfg.sink] = tuple(cfg.alpha * s + (1 - cfg.alpha) * e for s, e in zip(sink[f % cfg.sink], past[f]))
+        window = sink + past[cfg.sink:][len(gone):]
+        keys, values = (torch.cat([frame[i] for frame in window] + [own[-1][i]], 1) for i in (0, 1))
+        frames = keys.shape[1] // cfg.tokens
+        q = slow_rope(q, range(frames - cfg.chunk, frames), cfg)
+        x = x + gate1 * slow_attention(block.self_attn, q, slow_rope(keys, range(frames), cfg), values).view(shape)
+        x = x + slow_attention(block.cross_attn, block.cross_attn.query(block.norm3(x).flatten(1, 2)), *text[layer]).view(shape)
+        x = x + gate2 * block.ffn(norm(x) * (1 + scale2) + shift2)
+    return rf.unpatchify(model.head(x, time), cfg.rows), own
+
+
+def slow_rollout(model, text, cfg, draw, chunks):
+    history, prompt = [[] for _ in model.blocks], model.embed_text(text)
+    for _ in range(chunks):
+        x = draw()
+        for sigma in cfg.sigmas:
+            noisy = x if sigma == 1 else (1 - sigma) * x + sigma * draw()
+            x = noisy - sigma * slow_pass(model, noisy, torch.full((len(x),), sigma).double(), prompt, history)[0]
+        _, own = slow_pass(model, x, torch.zeros(len(x)).double(), prompt, history)
+        for layer, (k, v) in enumerate(own):
+            history[layer] += zip(k.split(cfg.tokens, 1), v.split(cfg.tokens, 1))
+        yield x
+
+
+@pytest.mark.parametrize("change", [{}, {"sink": 0}, {"sink": 1, "window": 7}, {"sink": 4, "window": 9}, {"sink": 0, "window": 3},
+                                    {"sink": 2, "window": 5}, {"chunk": 1, "sink": 3, "window": 5}, {"alpha": 1.0}])
+def test_stream_equals_an_uncached_recomputation_with_a_hand_written_ema(change):
+    cfg = replace(SMALL, **change)
+    model, text = random_model(cfg), torch.randn(2, 3, cfg.text_dim, dtype=torch.float64)
+    cache = EMASinkCache(cfg, 2, dtype=torch.float64)
+    fast = rollout(model, text, cfg, noise_of(cfg, 2), 7, cache=cache)
+    for n, (a, b) in enumerate(zip(fast, slow_rollout(model, text, cfg, noise_of(cfg, 2), 7))):
+        assert (a - b).abs().max() < 2e-5 * b.abs().max(), n    # the sink and the RoPE table are float32
+    gone = max(0, 6 * cfg.chunk - cfg.sink - (cfg.window - cfg.sink - cfg.chunk))
+    assert cache.updates == (gone if cfg.sink else 0)
+
+
+def test_alpha_changes_the_stream_only_once_a_frame_has_left_the_window():
+    model, text = random_model(SMALL), torch.randn(1, 3, SMALL.text_dim, dtype=torch.float64)
+    a, b = (list(rollout(model, text, replace(SMALL, alpha=alpha), noise_of(SMALL, 1), 5)) for alpha in (0.5, 1.0))
+    assert [torch.equal(x, y) for x, y in zip(a, b)] == [True, True, True, False, False]
+
+
+def test_future_frames_do_not_change_past_frames():
+    model, text = random_model(SMALL), torch.randn(1, 3, SMALL.text_dim, dtype=torch.float64)
+    draws = [noise_of(SMALL, 1, seed=s)() for s in range(40)]
+    a = list(rollout(model, text, SMALL, iter(draws).__next__, 5))
+    draws[4 * SMALL.steps] = torch.randn_like(draws[0])         # the noise that the fifth chunk starts from
+    b = list(rollout(model, text, SMALL, iter(draws).__next__, 5))
+    assert [torch.equal(x, y) for x, y in zip(a, b)] == [True] * 4 + [False]
+
+
+def test_bidirectional_frames_do_see_the_future():
+    model, x = random_model(SMALL), torch.randn(1, 6, *SMALL.latent, dtype=torch.float64)
+    text, sigma = model.embed_text(torch.randn(1, 3, SMALL.text_dim).double()), torch.tensor([0.5]).double()
+    changed = torch.cat([x[:, :5], torch.randn_like(x[:, 5:])], 1)
+    assert (model(x, sigma, text) - model(changed, sigma, text))[:, 0].abs().max() > 1e-3
+
+
+def test_training_and_streaming_update_the_sink_alike():
+    model, text = random_model(SMALL, torch.float32).requires_grad_(True), torch.randn(2, 3, SMALL.text_dim)
+    caches = [EMASinkCache(SMALL, 2) for _ in range(2)]
+    train = list(rollout(model, text, SMALL, noise_of(SMALL, 2, torch.float32), 6, SMALL.steps - 1, caches[0]))
+    play = list(rollout(model, text, SMALL, noise_of(SMALL, 2, torch.float32), 6, None, caches[1]))
+    assert all(x.requires_grad and not y.requires_grad and torch.equal(x, y) for x, y in zip(train, play))
+    assert torch.equal(caches[0].sink, caches[1].sink) and caches[0].updates == caches[1].updates == 9
+
+
+def test_the_toys_training_clip_updates_its_sink():
+    cache, cfg = EMASinkCache(TOY, 1), TOY
+    list(rollout(VideoTransformer(cfg), torch.zeros(1, 3, cfg.text_dim), cfg, noise_of(cfg, 1, torch.float32), cfg.clip // cfg.chunk,
+                 exit_step=0, cache=cache))
+    assert cache.updates > 0
+
+
+def test_only_the_exit_step_of_its_own_chunk_carries_gradient():
+    model, text = random_model(SMALL).requires_grad_(True), torch.randn(1, 3, SMALL.text_dim, dtype=torch.float64)
+    draws = [noise_of(SMALL, 1, seed=s)().requires_grad_() for s in range(20)]
+    chunks = list(rollout(model, text, SMALL, iter(draws).__next__, 3, exit_step=1))    # draws 0, 1 | 2, 3 | 4, 5
+    grads = torch.autograd.grad(chunks[2].sum(), draws[:6], allow_unused=True)
+    assert [g is not None for g in grads] == [False, False, False, False, False, True]  # the re-noise of chunk 2's exit
+    with torch.no_grad():
+        assert not next(rollout(model, text, SMALL, noise_of(SMALL, 1), 1, exit_step=1)).requires_grad
+
+
+def test_stream_memory_is_constant():
+    cache = EMASinkCache(SMALL, 1)
+    size, seen = [], rollout(VideoTransformer(SMALL), torch.zeros(1, 3, SMALL.text_dim), SMALL, noise_of(SMALL, 1, torch.float32), cache=cache)
+    for _, _ in zip(range(40), seen):                           # chunks=None goes on for ever
+        size.append(sum(t.untyped_storage().nbytes() for t in vars(cache).values() if isinstance(t, torch.Tensor))
+                    + sum(t.untyped_storage().nbytes() for pair in cache.staged for t in pair))
+    assert len(set(size[1:])) == 1 and cache.sink.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------- Losses
+def test_dmd_gradient_is_zero_when_critic_is_teacher():
+    x, real = torch.randn(2, 2, 3, 4, 4, 4)
+    assert rf.dmd_gradient(x, real, real).abs().max() == 0
+    assert torch.allclose(rf.dmd_gradient(x, real, x)[0], ((x - real)[0] / (x - real)[0].abs().mean()))
+
+
+def test_redmd_gradient_is_weight_times_gradient_over_numel_and_the_reward_is_per_sample():
+    x = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    gradient, reward = torch.randn_like(x), torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    rf.redmd_loss(x, gradient, reward, beta=0.5).backward()
+    want = torch.exp(reward / 0.5)[:, None, None, None, None] * gradient / x.numel()
+    assert torch.allclose(x.grad, want, rtol=1e-12)
+
+
+def test_infinite_beta_is_plain_dmd():
+    x, gradient = torch.randn(2, 3, 2, 4, 4, 4)
+    plain = rf.redmd_loss(x, gradient, torch.zeros(3), 1.0)
+    assert torch.equal(rf.redmd_loss(x, gradient, torch.tensor([3.0, -1.0, 9.0]), math.inf), plain)
+    assert torch.allclose(plain, gradient.square().mean() / 2)
+
+
+def test_first_critic_loss_is_not_zero_and_vanishes_for_a_perfect_critic():
+    x0, noise, sigma = torch.randn(2, 3, *SMALL.latent), torch.randn(2, 3, *SMALL.latent), torch.tensor([0.3, 0.9])
+    assert rf.critic_loss(lambda x, sigma, text: noise - x0, x0, None, sigma, noise) == 0
+    model = random_model(SMALL, torch.float32)
+    assert rf.critic_loss(model, x0, model.embed_text(torch.zeros(2, 3, SMALL.text_dim)), sigma, noise) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------ Reward, measures
+def test_tracker_knows_the_truth_of_tiny_data(data):
+    clips, captions = data
+    truth = [entry["truth"]["speed"] for entry in json.loads((HERE / "tiny_data/captions.json").read_text())]
+    rows = [rf.measure(clip[None], [caption], TOY) for clip, caption in zip(clips, captions)]
+    assert np.mean([r["colour"] for r in rows]) >= 0.99 and np.mean([r["shape"] for r in rows]) >= 0.95
+    assert all(abs(r["speed"] - t) <= max(0.1 * t, 0.02) for r, t in zip(rows, truth))     # 8-bit edges shiver by 0.01 px
+    assert abs(np.mean([r["speed"] for r in rows]) / np.mean(truth) - 1) < 0.01
+    wrong = rf.measure(clips, [c.replace("red", "blue").replace("square", "circle") for c in captions], TOY)
+    assert abs(wrong["colour"] - 0.75) < 0.01 and abs(wrong["shape"] - 2 / 3) < 0.02
+
+
+def test_copy_is_one_for_a_frozen_clip_and_lower_for_one_that_goes_on(data):
+    frozen = data[0][:, :1].expand(-1, 12, -1, -1, -1)
+    assert rf.measure(frozen, data[1], TOY)["copy"] > 0.999 and rf.measure(frozen, data[1], TOY)["drift"] < 1e-3
+    assert rf.measure(data[0], data[1], TOY)["copy"] < 0.6
+
+
+def test_reward_orders_clips_by_speed_and_is_normalised_on_the_data(data):
+    clips, captions = data
+    truth = torch.tensor([entry["truth"]["speed"] for entry in json.loads((HERE / "tiny_data/captions.json").read_text())])
+    reward = rf.motion_reward(clips, captions)
+    assert reward.shape == (120,) and torch.corrcoef(torch.stack([reward, truth]))[0, 1] > 0.97
+    scores = rf.normalised(rf.motion_reward, list(clips), captions, TOY)(clips[:, :12], captions)
+    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.2
+
+
+def test_reward_of_broken_motion_is_below_that_of_slow_clean_motion(data):
+    clips, _ = data
+    speed = rf.motion_reward(clips)
+    slow = speed[(speed > 0.3) & (speed < 0.7)].mean()
+    g, broken = torch.Generator().manual_seed(0), {}
+    broken["vanishes every other frame"] = clips.clone()
+    broken["vanishes every other frame"][:, ::2] = clips.flatten(3).median(3).values[..., None, None][:, ::2].to(torch.uint8)
+    broken["jumps at random"] = torch.stack([torch.stack([f.roll(torch.randint(24, (2,), generator=g).tolist(), (1, 2)) for f in c]) for c in clips])
+    broken["jitters"] = clips[:, [0, 4] * 24]
+    mixed = clips[:, :, :, torch.randperm(24, generator=g)]
+    broken["breaks up"] = torch.where((torch.arange(48) % 2 == 0)[None, :, None, None, None], clips, mixed)
+    for name, frames in broken.items():
+        assert rf.measure(frames, ["a red circle"] * 120, TOY)["speed"] > 0.9 or "vanish" in name, name
+        assert rf.motion_reward(frames).mean() < slow, name
+
+
+# -------------------------------------------------------------------------------------------- Optimiser and resume
+def test_muon_orthogonalises_and_takes_equal_shapes_together():
+    shapes = [(8, 8), (8, 8), (16, 8), (8, 16)]
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    rf.Muon(params, lr=1.0).step()
+    for p in params:
+        scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+        spread = torch.linalg.svdvals(p.detach()) / scale
+        assert spread.min() > 0.4 and spread.max() < 1.3
+        assert (p.detach() * p.grad).sum() < 0                  # downhill
+
+
+def test_optimizer_steps_once_per_update(monkeypatch):
+    model, calls = VideoTransformer(SMALL), []
+    optimizers = rf.make_optimizers(model, 0.1)
+    owned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) == len(list(model.parameters()))
+    for o in optimizers:
+        monkeypatch.setattr(o, "step", lambda o=o: calls.append(o))
+    rf.update(model, optimizers, sum(p.square().sum() for p in model.parameters()), 1.0)
+    assert calls == optimizers
+
+
+TINY = ["--dim", "24", "--ffn-dim", "24", "--heads", "2", "--layers", "1", "--teacher-steps", "20", "--teacher-batch", "2",
+        "--ode-steps", "5", "--ode-clips", "12", "--ode-batch", "2", "--distill-steps", "5", "--distill-batch", "2",
+        "--sample-steps", "4", "--critic-ratio", "2", "--frames", "24"]
+
+
+def without_seconds(path):
+    metrics = json.loads((path / "metrics.json").read_text())
+    assert set(metrics.pop("seconds")) == {"teacher", "ode", "student", "stream", "report"}
+    return metrics
+
+
+def test_toy_resumed_after_a_kill_in_every_stage_is_bitwise_equal(tmp_path, monkeypatch, capsys):
+    assert rf.main(["--toy", "--out", str(tmp_path / "whole"), *TINY]) == 0
+    kills = iter([("teacher", 13), ("ode", 2), ("student", 3)])
+    kill, train = next(kills), rf.Run.train
+
+    def killed(self, stage, steps, models, optimizers, train_step, result):
+        def step_or_die(step, g):
+            nonlocal kill
+            if (stage, step) == kill:
+                kill = next(kills, None)
+                raise KeyboardInterrupt
+            return train_step(step, g)
+        train(self, stage, steps, models, optimizers, step_or_die, result)
+    monkeypatch.setattr(rf.Run, "train", killed)
+    assert [rf.main(["--toy", "--out", str(tmp_path / "killed"), *TINY]) for _ in range(4)] == [130, 130, 130, 0]
+    assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "killed")
+    assert (tmp_path / "whole/log.jsonl").read_text() == (tmp_path / "killed/log.jsonl").read_text()
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["models"] for name in ("whole", "killed"))
+    assert all(torch.equal(a[m][k], b[m][k]) for m in a for k in a[m])
+
+
+# ------------------------------------------------------------------------------------------------- The command line
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    more = ["--dim", "48", "--ffn-dim", "96", "--teacher-steps", "150", "--teacher-batch", "4"]
+    run = subprocess.run([sys.executable, HERE / "reward_forcing.py", "--toy", "--out", out, *TINY, *more], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return out, run.stdout
+
+
+def test_toy_writes_every_file_and_its_losses_fall(trained):
+    out, printed = trained
+    assert {p.name for p in out.iterdir()} == {"report.png", "teacher.gif", "student.gif", "stream.gif", "log.jsonl", "checkpoint.pt", "metrics.json"}
+    metrics = without_seconds(out)
+    assert set(metrics) == {"data", "teacher", "ode", "student", "stream", "parameters"}
+    five = {"colour", "shape", "speed", "copy", "drift"}
+    assert set(metrics["teacher"]) == set(metrics["student"]) == set(metrics["stream"]["last"]) == five
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    teacher = [row["loss"] for row in log if row["stage"] == "teacher"]
+    assert np.mean(teacher[-3:]) < 0.8 * np.mean(teacher[:3])
+    distill = [row for row in log if row["stage"] == "student"]
+    assert all(row["weight_min"] <= row["weight_max"] and row["sink_updates"] == 3 and row["gap"] > 0 and row["grad_norm"] > 0 for row in distill)
+    assert Image.open(out / "stream.gif").n_frames == 24 and "frames per second" in printed
+
+
+def test_stream_writes_a_gif_and_refuses_bad_input_with_exit_code_2(trained, capsys):
+    out = ["--out", str(trained[0])]
+    assert rf.main(["--stream", "--prompt", "a red circle", "--frames", "12", "--alpha", "1", *out]) == 0
+    assert Image.open(trained[0] / "stream.gif").n_frames == 12
+
+    def refused(args, *words):
+        capsys.readouterr()
+        assert rf.main(args) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    refused(["--stream", "--prompt", "a red circle", "--frames", "10", *out], "10", "9 or 12")
+    refused(["--stream", "--prompt", "a pink circle", *out], "pink", "yellow")
+    refused(["--stream", *out], "--prompt")
+    refused(["--stream", "--prompt", "a red circle", "--window", "5", *out], "--window 9")
+    refused(["--stream", "--prompt", "a red circle", "--dim", "96", *out], "dim=48 there and 96 here")
+    refused(["--toy", *out, *TINY], "dim=48 there and 24 here")
+    refused(["--toy", "--teachr-steps", "3"], "--teachr-steps", "--teacher-steps")
+    refused(["--toy", "--alpha", "much"], "--alpha")
+    refused([], "--toy", "--stream")
+    refused(["--toy", "--out", "/dev/null/x", *TINY], "/dev/null/x", "cannot be written")
+    refused(["--toy", "--data", str(trained[0]), *out], "captions.json")
+    refused(["--toy", "--reward", "nothing:here", *out, *TINY], "nothing:here")
+    assert (trained[0] / "checkpoint.pt").read_bytes() == before
+
+
+def test_truncated_checkpoint_is_refused(trained, tmp_path, capsys):
+    whole = (trained[0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    assert rf.main(["--stream", "--prompt", "a red circle", "--out", str(tmp_path)]) == 2
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
+    assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30"]) == 1
+    assert re.search("teacher step [0-9]: loss.* is not finite", capsys.readouterr().err)
+
+
+def test_another_reward_can_take_its_place(data, tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text("def red(frames, captions):\n    return frames[:, :, 0].float().mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    scores = rf.normalised(rf.find_reward("my_reward:red"), list(data[0]), data[1], TOY)(data[0], data[1])
+    assert scores[["red" in c for c in data[1]]].mean() > scores[["blue" in c for c in data[1]]].mean() + 0.5
+    with pytest.raises(BadInput, match="can choose nothing"):
+        rf.normalised(lambda frames, captions: torch.ones(len(frames)), list(data[0]), data[1], TOY)
