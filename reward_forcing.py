@@ -61,8 +61,8 @@ class Config:
     # the transformer
     dim: int = 128               # width of the transformer
     ffn_dim: int = 256           # width inside its feed-forward layers
-    heads: int = 4               # attention heads
-    layers: int = 3              # transformer blocks
+    heads: int = 8               # attention heads
+    layers: int = 4              # transformer blocks
     freq_dim: int = 64           # sinusoids that encode the noise level
     text_dim: int = 32           # features per text token; in the toy the largest number of different words
     text_len: int = 4            # text tokens, padding included
@@ -79,9 +79,9 @@ class Config:
     shift: float = 3.0           # bends the noise schedule towards noise: sigma = shift u / (1 + (shift - 1) u)
     # training
     clip: int = 12               # frames in a training clip; longer than the window, so that the sink is updated too
-    teacher_steps: int = 2500    # training steps of the teacher
+    teacher_steps: int = 2100    # training steps of the teacher
     teacher_batch: int = 8       # clips per teacher step
-    teacher_lr: float = 0.06     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
+    teacher_lr: float = 0.08     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
     drop_caption: float = 0.1    # how often the teacher sees no caption, which guidance needs
     sample_steps: int = 16       # Euler steps of the teacher when it generates; a multiple of steps
     guidance: float = 1.0        # x0 = cond + guidance (cond - uncond); 0 is none
@@ -89,10 +89,10 @@ class Config:
     ode_steps: int = 120         # training steps of that regression
     ode_batch: int = 16          # clips per regression step
     ode_lr: float = 0.02         # see teacher_lr
-    distill_steps: int = 80      # student steps of Re-DMD
+    distill_steps: int = 40      # student steps of Re-DMD
     distill_batch: int = 16      # rollouts per student or critic step
     critic_ratio: int = 3        # critic steps per student step
-    student_lr: float = 0.005    # see teacher_lr
+    student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     ema: float = 0.9             # moving average of the student's weights, which is what streams
@@ -166,12 +166,13 @@ def per_sample(sigma, x):
 
 # ------------------------------------------------------------------------------------------------------------ Data
 def read_frames(path, size):
-    """One animated picture, or a still strip of square frames, as (F, 3, height, width) uint8; size is (width, height)."""
+    """An animated picture, or a still strip of square frames: (F, 3, height, width) uint8; size is (width, height)."""
     with Image.open(path) as image:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
     if len(frames) == 1:
         strip, side = frames[0], min(frames[0].size)
-        corners = [(x, y) for y in range(0, strip.height - side + 1, side) for x in range(0, strip.width - side + 1, side)]
+        starts = range(0, max(strip.size) - side + 1, side)
+        corners = [(x, 0) if strip.width > side else (0, x) for x in starts]
         frames = [strip.crop((x, y, x + side, y + side)) for x, y in corners]
     frames = [frame if frame.size == size else ImageOps.fit(frame, size) for frame in frames]
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()
@@ -256,12 +257,13 @@ class WordText:
         return cls(cfg, sorted({word for caption in captions for word in caption.lower().split()}))
 
     def __call__(self, captions):
-        """Captions to (B, text_len, text_dim); the empty caption "" is the null caption of guidance. BadInput if unknown."""
+        """Captions to (B, text_len, text_dim); "" is the null caption of guidance. BadInput for an unknown word."""
         features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
         for row, caption in zip(features, captions):
             words = caption.lower().split()
             if len(words) > self.cfg.text_len:
-                raise BadInput(f"{caption!r} has {len(words)} words, room is for {self.cfg.text_len}: shorten it or raise --text-len")
+                raise BadInput(f"{caption!r} has {len(words)} words and room is for {self.cfg.text_len}: "
+                               "shorten it or raise --text-len")
             for position, word in enumerate(words):
                 if word not in self.words:
                     raise BadInput(f"the word {word!r} is not known; the words are: {', '.join(self.words)}")
@@ -519,8 +521,8 @@ def motion_reward(frames, captions=None):
     """(B,): how far the object travels, in px per frame, counting only clean motion. Any callable like this will do.
 
     Of two steps in a row a and b only (|a + b| - |a - b|) / 2 counts: the whole of a straight move, nothing of a
-    jitter or of jumps at random. It counts in full only if the object keeps its form: it is multiplied by the overlap of each
-    mask, moved along, with the next one, so flicker and breaking up earn nothing.
+    jitter or of jumps at random. It is multiplied by the overlap of each mask, moved along, with the next one: what
+    does not keep its form, flickers or breaks up earns nothing.
     """
     mask, centre, _ = track(frames)
     step = centre[:, 1:] - centre[:, :-1]                                   # (B, F-1, 2)
@@ -542,7 +544,7 @@ def normalised(reward, clips, captions, cfg):
     scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
     mean, deviation = scores.mean(), scores.std()
     if not deviation > 1e-6:
-        raise BadInput(f"the reward is {mean:.3g} for every clip of the data: it can choose nothing, try another --reward")
+        raise BadInput(f"the reward is {mean:.3g} for every clip of the data: it can choose nothing, try another")
     return lambda frames, captions: (reward(frames, captions) - mean) / deviation
 
 
@@ -564,7 +566,8 @@ def measure(frames, captions, cfg):
     shape   fraction of frames whose object overlaps the captioned shape best (None if no caption names one)
     speed   px per frame that the object's centre moves
     copy    mean over frames W and later of the largest correlation, over pixels, with a frame of the first chunk
-    drift   standard deviation, over 30 equal segments of at least L frames, of the quality: 100 x the overlap with the captioned shape
+    drift   standard deviation over 30 equal segments (of L frames or more) of the quality, which is 100 times the
+            overlap with the captioned shape, or with the best one (after the paper's, of imaging quality)
     """
     def wanted(names):                                                      # (B,) index of the captioned name, else -1
         return torch.tensor([next((i for i, n in enumerate(names) if n in c.lower().split()), -1) for c in captions])
@@ -595,8 +598,8 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
     draw() gives noise (B, L, C, h, w); chunks=None goes on for ever. Each chunk starts from noise at sigma = 1, then
     predicts x0 and re-noises it with fresh noise, step by step; a last pass on the clean x0 at sigma = 0 writes the
-    cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step alone
-    carry them: its x0 is the training sample.
+    cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step
+    alone carry them: its x0 is the training sample.
     """
     noise = draw()
     cache = cache or EMASinkCache(cfg, len(noise), noise.device, noise.dtype)
@@ -718,17 +721,18 @@ def write_safely(path, write):
 def load_checkpoint(path):
     """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["config"] else None
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
-        reason = str(error).splitlines()[0][:100]
+        reason = str(error).split("\n")[0][:100]
         raise BadInput(f"{path} is damaged or not a checkpoint ({reason}): delete it to train again")
 
 
-def refuse_other_config(path, state, cfg, free=()):
-    """BadInput that says what differs, unless the checkpoint's config is cfg in all but the `free` fields."""
-    there, here = state["config"], asdict(cfg)
+def refuse_other_config(path, state, here, free=()):
+    """BadInput that says what differs, unless the checkpoint's config is `here` in all but the `free` fields."""
+    there = state["config"]
     differ = [f"{k}={there.get(k)} there and {here.get(k)} here" for k in {**there, **here}
               if k not in free and there.get(k) != here.get(k)]
     if differ:
@@ -738,43 +742,35 @@ def refuse_other_config(path, state, cfg, free=()):
 class Run:
     """A training run in the folder `out`: its data, its models so far, its checkpoint and its log.
 
-    state, which is what checkpoint.pt holds: config, data (a checksum), words, codec; models: the weights of every
-    finished stage; seconds each stage took; partial: step, weights and optimisers of the stage under way, or None.
+    state, which is what checkpoint.pt holds: config (with a checksum of the data), words, codec; models: the weights of
+    every finished stage, and the seconds it took; log; partial: the stage under way (step, weights, optimisers) or None.
     """
     def __init__(self, cfg, out, data, device):
         self.cfg, self.out, self.device = cfg, Path(out), device
         self.clips, self.captions = load_clips(data, cfg)
         self.reward = normalised(find_reward(cfg.reward), self.clips, self.captions, cfg)
         checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
-        self.path, self.log_path = self.out / "checkpoint.pt", self.out / "log.jsonl"
+        self.path = self.out / "checkpoint.pt"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.log_path.touch()
+            (self.out / "log.jsonl").touch()
         except OSError as error:
             raise BadInput(f"--out {out} cannot be written ({error.strerror}): choose another folder")
         self.state = load_checkpoint(self.path)
+        config = {**asdict(cfg), "data": checksum}
         if self.state is None:
-            self.state = {"config": asdict(cfg), "data": checksum, "models": {}, "seconds": {}, "partial": None,
+            self.state = {"config": config, "models": {}, "seconds": {}, "log": [], "partial": None,
                           "words": WordText.from_captions(cfg, self.captions).words,
                           "codec": PatchCodec.fit(cfg, self.clips).state}
-        refuse_other_config(self.path, self.state, cfg)
-        if self.state["data"] != checksum:
-            raise BadInput(f"{self.path} was trained on other data than {data}: match --data or choose another --out")
+        refuse_other_config(self.path, self.state, config)
         self.codec, self.text = PatchCodec(cfg, self.state["codec"]), WordText(cfg, self.state["words"])
         self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
-        self.trim_log()
-
-    def trim_log(self):
-        """Drop the log lines that were written after the checkpoint: the steps they tell of will be taken again."""
-        partial = self.state["partial"] or {"stage": None, "step": 0}
-        lines = self.log_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and (
-            (row := json.loads(line))["stage"] in self.state["models"]
-            or row["stage"] == partial["stage"] and row["step"] <= partial["step"])]
-        write_safely(self.log_path, lambda path: path.write_text("".join(kept)))
 
     def save(self):
+        """Checkpoint and log together: a killed run leaves no log lines of steps that will be taken again."""
         write_safely(self.path, lambda path: torch.save(self.state, path))
+        lines = "".join(json.dumps(row) + "\n" for row in self.state["log"])
+        write_safely(self.out / "log.jsonl", lambda path: path.write_text(lines))
 
     def model(self, name=None, trainable=False):
         """A new VideoTransformer: freshly initialised, or with the weights of a finished stage."""
@@ -791,10 +787,11 @@ class Run:
         return self.text(captions).to(self.device)
 
     def train(self, stage, steps, models, optimizers, train_step, result):
-        """Call train_step(step, generator) -> {name: number} until `steps` are done; then models[result] is the stage's.
+        """Call train_step(step, generator) -> {name: number} `steps` times; models[result] is then the stage's result.
 
-        Goes on where the checkpoint stopped. Raises FloatingPointError, naming the step, if a logged number is not finite.
+        Goes on where the checkpoint stopped. FloatingPointError, naming the step, if a logged number is not finite.
         """
+        peak = [group["lr"] for o in optimizers for group in o.param_groups]
         partial, start, before = self.state["partial"], 0, 0.0
         if partial and partial["stage"] == stage:
             start, before = partial["step"], partial["seconds"]
@@ -802,28 +799,23 @@ class Run:
                 model.load_state_dict(partial["models"][name])
             for optimizer, saved in zip(optimizers, partial["optimizers"]):
                 optimizer.load_state_dict(saved)
-        peak = [group["initial_lr"] for o in optimizers for group in o.param_groups
-                if group.setdefault("initial_lr", group["lr"])]
         began = time.time()
-        bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
-        with self.log_path.open("a") as log:
-            for step in bar:
-                for group, lr in zip((group for o in optimizers for group in o.param_groups), peak):
-                    group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
-                numbers = train_step(step, seeded(self.cfg.seed, stage, step))
-                wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
-                if wrong:
-                    raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
-                                             f"rate may help, {self.path} still holds the last good state")
-                if step % 10 == 0 or step == steps - 1:
-                    bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
-                    log.write(json.dumps({"stage": stage, "step": step + 1, **numbers}) + "\n")
-                if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:
-                    log.flush()
-                    self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - began,
-                                             "models": {name: model.state_dict() for name, model in models.items()},
-                                             "optimizers": [o.state_dict() for o in optimizers]}
-                    self.save()
+        for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
+            for group, lr in zip((group for o in optimizers for group in o.param_groups), peak):
+                group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+            numbers = train_step(step, seeded(self.cfg.seed, stage, step))
+            wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
+            if wrong:
+                raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
+                                         f"rate may help, {self.path} keeps the last good state")
+            if step % 10 == 0 or step == steps - 1:
+                bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
+                self.state["log"].append({"stage": stage, "step": step, **numbers})
+            if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:
+                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - began,
+                                         "models": {name: model.state_dict() for name, model in models.items()},
+                                         "optimizers": [o.state_dict() for o in optimizers]}
+                self.save()
         self.state["models"][stage] = copy.deepcopy(models[result].state_dict())
         self.state["seconds"][stage] = before + time.time() - began
         self.state["partial"] = None
@@ -861,7 +853,7 @@ def teacher_trajectory(teacher, noise, text, null, cfg):
     """
     sigmas = shift_sigma(torch.linspace(1, 0, cfg.sample_steps + 1), cfg.shift).tolist()
     x, points = noise, []
-    for i, (sigma, after) in enumerate(tqdm(zip(sigmas, sigmas[1:]), "teacher sampling", cfg.sample_steps, leave=False)):
+    for i, (sigma, after) in enumerate(tqdm(list(zip(sigmas, sigmas[1:])), "teacher samples", leave=False)):
         if i % (cfg.sample_steps // cfg.steps) == 0:
             points.append(x)
         x0 = guided_x0(teacher, x, torch.full((len(x),), sigma, device=x.device), text, null, cfg.guidance)
@@ -872,7 +864,7 @@ def teacher_trajectory(teacher, noise, text, null, cfg):
 def train_ode(run):
     """Stage 2: the causal student, started from the teacher, learns to jump to the end of the teacher's trajectories.
 
-    Each chunk gets its own noise level, and its context is the trajectory's clean end, through the cache as in streaming.
+    Each chunk has its own noise level; its context is the trajectory's clean end, through the cache as in streaming.
     """
     cfg, teacher = run.cfg, run.model("teacher")
     captions = [run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)]
@@ -908,7 +900,8 @@ def train_student(run):
     cfg, teacher = run.cfg, run.model("teacher")
     student, critic = run.model("ode", trainable=True), run.model("teacher", trainable=True)
     average = run.model("ode")
-    student_optimizers, critic_optimizers = make_optimizers(student, cfg.student_lr), make_optimizers(critic, cfg.critic_lr)
+    student_optimizers = make_optimizers(student, cfg.student_lr)
+    critic_optimizers = make_optimizers(critic, cfg.critic_lr)
 
     def sample(g):
         """A batch of rollouts (B, F, C, h, w), all stopped at one random step, their captions and the cache."""
@@ -956,29 +949,31 @@ def train_student(run):
 
 # ------------------------------------------------------------------------------------------------------- Streaming
 def stream(student, codec, text, cfg, captions, frames=None, seed=0):
-    """Yield decoded frames (B, L, 3, height, width) uint8, one chunk at a time, as each is done; frames=None: for ever.
+    """Yield decoded frames (B, L, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
 
-    codec.decode and text(captions) as PatchCodec and WordText. BadInput if frames is not a multiple of the chunk.
+    codec and text as PatchCodec and WordText. BadInput if frames is not a multiple of the chunk.
     """
     if frames is not None:
         multiple("frames", frames, "chunk", cfg.chunk)
-    generator, device = seeded(seed, "stream"), student.patch_embedding.weight.device
-    shape = len(captions), cfg.chunk, *cfg.latent
-    for latents in rollout(student, text(captions).to(device), cfg, lambda: torch.randn(shape, generator=generator).to(device),
-                           frames and frames // cfg.chunk):
+    generator, shape = seeded(seed, "stream"), (len(captions), cfg.chunk, *cfg.latent)
+    device = student.patch_embedding.weight.device
+    draw = lambda: torch.randn(shape, generator=generator).to(device)
+    for latents in rollout(student, text(captions).to(device), cfg, draw, frames and frames // cfg.chunk):
         yield codec.decode(latents)
 
 
 def save_gif(path, videos, scale=3, columns=4):
-    """Videos (B, F, 3, height, width) uint8 side by side as one GIF, 16 frames per second (in GIF's hundredths: 0.06 s)."""
-    rows = [torch.cat(list(row), 3) for row in videos.split(columns) if len(row) == min(columns, len(videos))]
-    frames = torch.cat(rows, 2).permute(0, 2, 3, 1).cpu().numpy()
+    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF of 16 frames per second."""
+    columns = min(columns, len(videos))
+    videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
+    frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2).permute(0, 2, 3, 1).cpu().numpy()
     images = [Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.NEAREST) for f in frames]
-    write_safely(path, lambda p: images[0].save(p, format="GIF", save_all=True, append_images=images[1:], duration=60, loop=0))
+    options = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": 60, "loop": 0}
+    write_safely(path, lambda p: images[0].save(p, **options))
 
 
 def save_report(path, rows, captions, scale=3, shown=4, frames=6):
-    """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` of the captions."""
+    """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` captions."""
     picked = [round(i * (len(captions) - 1) / (shown - 1)) for i in range(shown)]
     height, width = next(iter(rows.values())).shape[3:]
     left, top, cell_h, cell_w = 110, 18, height * scale + 4, width * scale * frames + 8
@@ -991,73 +986,72 @@ def save_report(path, rows, captions, scale=3, shown=4, frames=6):
         for x, b in enumerate(picked):
             times = [round(i * (videos.shape[1] - 1) / (frames - 1)) for i in range(frames)]
             cells = torch.cat([videos[b, t] for t in times], 2).permute(1, 2, 0).cpu().numpy()
-            page.paste(Image.fromarray(cells).resize((cell_w - 8, cell_h - 4), Image.NEAREST), (left + x * cell_w, top + y * cell_h))
+            picture = Image.fromarray(cells).resize((cell_w - 8, cell_h - 4), Image.NEAREST)
+            page.paste(picture, (left + x * cell_w, top + y * cell_h))
     write_safely(path, lambda p: page.save(p, format="PNG"))
 
 
 @torch.no_grad()
 def report(run, repeats=4, frames=240, part=60):
     """Stage 4: sample every caption `repeats` times from teacher and students, stream every caption, measure, draw."""
-    cfg, began = run.cfg, time.time()
-    captions = run.prompts * repeats
+    cfg, prompts, began = run.cfg, run.prompts[:12], time.time()           # the toy has twelve
+    captions, text = prompts * repeats, run.features(prompts * repeats)
     noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
-    text = run.features(captions)
-    videos = {"teacher": run.codec.decode(
-        teacher_trajectory(run.model("teacher"), noise, text, torch.zeros_like(text), cfg)[:, -1])}
+    trajectory = teacher_trajectory(run.model("teacher"), noise, text, torch.zeros_like(text), cfg)
+    videos = {"teacher": run.codec.decode(trajectory[:, -1])}
     for name in ("ode", "student"):
-        starts, g = iter(noise.split(cfg.chunk, 1)), seeded(cfg.seed, "report", "renoise")
-        calls = itertools.count()
+        starts, calls, g = iter(noise.split(cfg.chunk, 1)), itertools.count(), seeded(cfg.seed, "renoise")
 
-        def draw():                                                         # every chunk starts from the teacher's noise
+        def draw():                                                         # chunks start from the teacher's noise
             return next(starts) if next(calls) % cfg.steps == 0 else run.noise(g, len(captions), cfg.chunk)
-        videos[name] = run.codec.decode(torch.cat(list(rollout(run.model(name), text, cfg, draw, cfg.clip // cfg.chunk)), 1))
+        latents = rollout(run.model(name), text, cfg, draw, cfg.clip // cfg.chunk)
+        videos[name] = run.codec.decode(torch.cat(list(latents), 1))
     streaming = time.time()
-    bar = tqdm(stream(run.model("student"), run.codec, run.text, cfg, run.prompts, frames, cfg.seed), "stream", frames // cfg.chunk)
-    videos["stream"] = torch.cat(list(bar), 1)
+    chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
+    streamed = torch.cat(list(tqdm(chunks, "stream", frames // cfg.chunk)), 1)
     streaming = time.time() - streaming
-    data = torch.stack([run.clips[run.captions.index(caption)][:cfg.clip] for caption in run.prompts])
 
-    metrics = {name: measure(video, captions if name != "stream" else run.prompts, cfg) for name, video in videos.items()}
-    for name, piece in (("first", videos["stream"][:, :part]), ("last", videos["stream"][:, -part:])):
-        metrics["stream"][name] = measure(piece, run.prompts, cfg)
-    per_clip = [measure(clip[None], [caption], cfg) for clip, caption in zip(run.clips, run.captions)]
-    metrics["data"] = {k: None if v is None else sum(m[k] for m in per_clip) / len(per_clip) for k, v in per_clip[0].items()}
-    n = len(run.prompts)
+    data = torch.stack([run.clips[run.captions.index(caption)][:cfg.clip] for caption in prompts])
+    whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
+    metrics = {"data": measure(whole, run.captions, cfg),
+               **{name: measure(video, captions, cfg) for name, video in videos.items()},
+               "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
+                          "last": measure(streamed[:, -part:], prompts, cfg)},
+               "parameters": sum(p.numel() for p in run.model().parameters()),
+               "seconds": {**run.state["seconds"], "stream": streaming, "report": time.time() - began}}
     save_report(run.out / "report.png", {"data": data, "teacher": videos["teacher"], "student, ODE": videos["ode"],
-                                         "student, Re-DMD": videos["student"]}, run.prompts)
-    save_gif(run.out / "teacher.gif", videos["teacher"][:n])
-    save_gif(run.out / "student.gif", videos["student"][:n])
-    save_gif(run.out / "stream.gif", videos["stream"])
-    metrics["parameters"] = sum(p.numel() for p in run.model().parameters())
-    metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
+                                         "student, Re-DMD": videos["student"]}, prompts)
+    for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
+        save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     write_safely(run.out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
 
-    rows = {"data": metrics["data"], "teacher": metrics["teacher"], "student, ODE": metrics["ode"], "student, Re-DMD": metrics["student"],
-            f"stream, first {part}": metrics["stream"]["first"], f"stream, last {part}": metrics["stream"]["last"]}
-    print(f"{'':18}" + "".join(f"{k:>8}" for k in metrics["data"]))
-    for name, row in rows.items():
-        print(f"{name:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
-    print(f"{n} streams of {frames} frames in {streaming:.1f} s, {n * frames / streaming:.0f} frames per second; "
-          f"report.png, *.gif and metrics.json are in {run.out}")
+    rows = {"data": "data", "teacher": "teacher", "student, ODE": "ode", "student, Re-DMD": "student"}
+    rows = {label: metrics[name] for label, name in rows.items()}
+    rows.update({f"stream, {name} {part}": metrics["stream"][name] for name in ("first", "last")})
+    print(" " * 18 + "".join(f"{k:>8}" for k in metrics["data"]))
+    for label, row in rows.items():
+        print(f"{label:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
+    print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
+          f"of each. report.png, the GIFs and metrics.json are in {run.out}")
 
 
 # ------------------------------------------------------------------------------------------------------------ Main
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
 
     def refuse(message):
         raise BadInput(message)
     parser.error = refuse                                                   # one sentence instead of the usage text
-    parser.add_argument("--toy", action="store_true", help="train what --out does not hold yet, stream, write the report")
-    parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out to stream.gif")
+    parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
+    parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
     parser.add_argument("--prompt", help="what to stream")
     parser.add_argument("--frames", type=int, default=240, help="frames to stream")
     parser.add_argument("--out", default="out", help="folder of the checkpoint and of all that is written")
-    parser.add_argument("--data", default=str(Path(__file__).parent / "tiny_data"), help="folder of clips and captions.json")
+    parser.add_argument("--data", default=Path(__file__).parent / "tiny_data", help="folder of clips and captions.json")
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{helps[f.name]} [{f.default}]".replace("%", "%%"))
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{helps[f.name]} [toy: {f.default}]")
     return parser
 
 
@@ -1067,37 +1061,33 @@ def parse(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        raise BadInput(f"there is no {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; --help lists the flags"))
+        raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
 def stream_command(args, given, device):
-    """Stream args.prompt from the checkpoint in args.out; --alpha, --sink, --window and --seed may differ from training."""
+    """Stream args.prompt from the checkpoint in args.out; alpha, sink, window and seed may differ from training."""
     path = Path(args.out) / "checkpoint.pt"
     state = load_checkpoint(path)
     if state is None or "student" not in state["models"]:
-        raise BadInput(f"{path} holds no trained student yet: run python {Path(__file__).name} --toy --out {args.out} first")
-    try:
-        trained = Config(**state["config"])
-    except TypeError as error:
-        raise BadInput(f"{path} was made by another version of this program ({error}): choose another --out")
-    cfg = replace(trained, **given)
-    refuse_other_config(path, state, cfg, free=("alpha", "sink", "window", "seed"))
+        raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
+    known = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
+    cfg = replace(Config(**known), **given)
+    refuse_other_config(path, state, asdict(cfg), free=("data", "alpha", "sink", "window", "seed"))
     if "prompt" not in args:
         raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
     multiple("frames", args.frames, "chunk", cfg.chunk)
     student = VideoTransformer(cfg).to(device).requires_grad_(False)
     student.load_state_dict(state["models"]["student"])
     codec, text = PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])
-    bar = tqdm(total=args.frames, desc="stream", unit="frame")
-    chunks, began = [], time.time()
-    for chunk in stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed):
-        chunks.append(chunk)
-        bar.update(cfg.chunk)
+    text([args.prompt])                                                     # an unknown word is refused before the bar
+    began = time.time()
+    chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
+    frames = torch.cat(list(tqdm(chunks, "stream", args.frames // cfg.chunk, unit="chunk")), 1)
     seconds = time.time() - began
-    bar.close()
-    save_gif(Path(args.out) / "stream.gif", torch.cat(chunks, 1), scale=8)
-    print(f"{args.frames} frames in {seconds:.2f} s, {args.frames / seconds:.0f} frames per second: {Path(args.out) / 'stream.gif'}")
+    save_gif(path.with_name("stream.gif"), frames, scale=8)
+    print(f"{args.frames} frames in {seconds:.2f} s: {args.frames / seconds:.0f} frames per second. "
+          f"They are in {path.with_name('stream.gif')}")
 
 
 def main(argv=None):
