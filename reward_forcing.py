@@ -10,19 +10,19 @@ causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made 
     EMA-Sink  frames that leave the attention window are folded into the oldest ones, the *sink*, by an exponential
               moving average:  sink <- alpha sink + (1 - alpha) leaving    -> class EMASinkCache
     Re-DMD    distribution matching distillation, each sample weighted by how well it moves:
-              grad = exp(reward / beta) (x0_critic - x0_teacher) / |x - x0_teacher|    -> dmd_gradient, redmd_loss
+              grad = exp(reward / beta) (x0_critic - x0_teacher) / mean|x - x0_teacher|   -> dmd_gradient, redmd_loss
 
     python reward_forcing.py --toy                                      # train teacher and student, stream, report
     python reward_forcing.py --stream --prompt "a red circle" --frames 240
 
-How to read it: top to bottom. Config, noise, data, the model, the sink, the rollout and the losses are the paper;
-what follows the losses is plumbing.
+How to read it: top to bottom. The model, the sink, the rollout and the losses are the paper, and "Training stages" puts
+them together; the rest is plumbing.
 
     B batch   F frames   L frames per chunk   S sink frames   W window frames (sink and current chunk included)
-    N tokens per frame   H heads   D head dim   C channels (h, w: latent rows and columns)
+    N tokens per frame   T tokens   H heads   D head dim   C channels   h, w latent rows and columns
 
 Time: sigma in [0, 1], 1 is pure noise. x_t = (1 - sigma) x0 + sigma noise; the model predicts the velocity
-v = noise - x0, so x0 = x_t - sigma v. Only add_noise and recover_x0 know this.
+v = noise - x0, so x0 = x_t - sigma v: see add_noise and recover_x0.
 
 Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan2.1 2503.20314; Muon (K. Jordan, 2024).
 """
@@ -79,7 +79,7 @@ class Config:
     shift: float = 3.0           # bends the noise schedule towards noise: sigma = shift u / (1 + (shift - 1) u)
     # training
     clip: int = 12               # frames in a training clip; longer than the window, so that the sink is updated too
-    teacher_steps: int = 2100    # training steps of the teacher
+    teacher_steps: int = 1900    # training steps of the teacher
     teacher_batch: int = 8       # clips per teacher step
     teacher_lr: float = 0.08     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
     drop_caption: float = 0.1    # how often the teacher sees no caption, which guidance needs
@@ -96,26 +96,34 @@ class Config:
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     ema: float = 0.9             # moving average of the student's weights, which is what streams
-    reward: str = "motion"       # who judges motion: motion, or module:function of your own
+    reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
     seed: int = 0                # of weights, batches and noise
 
     def __post_init__(self):
-        if not 0 <= self.sink <= self.window - self.chunk:
+        for f in fields(self):
+            least = {"sink": 0, "seed": 0}.get(f.name, 1)
+            if f.type is int and getattr(self, f.name) < least:
+                raise BadInput(f"{f.name}={getattr(self, f.name)} must be {least} or more")
+        if self.window < self.sink + self.chunk:
             raise BadInput(f"window={self.window} cannot hold sink={self.sink} and chunk={self.chunk}: "
                            f"try --window {self.sink + 2 * self.chunk}")
         multiple("clip", self.clip, "chunk", self.chunk)
         multiple("sample_steps", self.sample_steps, "steps", self.steps)
         multiple("height", self.height, "two latent pixels", 2 * self.stride)
         multiple("width", self.width, "two latent pixels", 2 * self.stride)
+        multiple("freq_dim", self.freq_dim, "sine and cosine", 2)
         multiple("dim", self.dim, "twice the heads", 2 * self.heads)
         if self.head_dim < 6:
             raise BadInput(f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
                            "3-D RoPE needs 6, try fewer --heads")
-        for name, low, high in (("alpha", 0, 1), ("drop_caption", 0, 1), ("ema", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise BadInput(f"{name}={getattr(self, name)} must lie between {low} and {high}")
-        if self.beta <= 0:
-            raise BadInput(f"beta={self.beta} must be above 0: use --beta inf for plain DMD")
+        if self.channels > 3 * self.stride ** 2:
+            raise BadInput(f"channels={self.channels} is more than the numbers in a patch: try {3 * self.stride ** 2}")
+        for name in ("alpha", "drop_caption", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("beta", "shift"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"{name}={getattr(self, name)} must be above 0 (for plain DMD: --beta inf)")
 
     @property
     def rows(self): return self.height // self.stride // 2              # a token covers 2 x 2 latent pixels
@@ -186,7 +194,7 @@ def load_clips(folder, cfg):
     folder, clips, captions = Path(folder), [], []
     try:
         entries = json.loads((folder / "captions.json").read_text())
-        files = [(entry["file"], entry["caption"]) for entry in entries]
+        files = [(entry["file"] + "", entry["caption"] + "") for entry in entries]      # TypeError if not text
     except FileNotFoundError:
         raise BadInput(f"{folder} has no captions.json: it should hold a list of {{\"file\": ..., \"caption\": ...}}")
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -212,7 +220,7 @@ class PatchCodec:
     """The toy's VAE: principal components of stride x stride pixel patches, found in closed form.
 
     encode: frames (B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) float, unit variance on average.
-    decode: the inverse, as near as C components allow. The full size puts the Wan VAE behind the same two methods.
+    decode: the inverse, as near as C components allow. Another codec needs only these two methods.
     """
     def __init__(self, cfg, state):
         self.cfg, self.state = cfg, state
@@ -239,6 +247,7 @@ class PatchCodec:
         return z.permute(0, 1, 4, 2, 3).contiguous()
 
     def decode(self, latents):
+        latents = latents.float().cpu()
         s = self.cfg.stride
         x = (latents.permute(0, 1, 3, 4, 2) * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
         x = x.unflatten(-1, (3, s, s)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
@@ -366,7 +375,7 @@ class EMASinkCache:
     Frame f folds into slot f mod S. The sink starts as the first S frames. It accumulates in float32: in bf16 an
     update with alpha = 0.999 would mostly round away.
     Keys are kept before RoPE and rotated at read time to their place in the window, so positions never run out.
-    Memory is constant however long the stream. Nothing in here carries gradient.
+    Memory is constant however long the stream. What the cache keeps carries no gradient.
 
     One chunk: make_room, then any number of passes (each calls attend in every layer), then append.
     """
@@ -377,7 +386,7 @@ class EMASinkCache:
         self.cfg = cfg
         self.sink = zeros(cfg.sink, torch.float32)
         self.recent = zeros(cfg.window - cfg.sink, dtype)
-        self.context = zeros(cfg.window - cfg.chunk, dtype).flatten(3, 4)   # what passes read: sink, recent, rotated
+        self.context = zeros(cfg.window - cfg.chunk, dtype).flatten(3, 4)   # what passes read, keys rotated
         self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim).to(device)
         self.staged = [None] * cfg.layers   # keys and values of the newest pass
         self.seen = 0                       # frames appended so far
@@ -542,6 +551,8 @@ def normalised(reward, clips, captions, cfg):
     pieces = [(piece, caption) for clip, caption in zip(clips, captions)
               for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
     scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
+    if scores.shape != (len(pieces),) or not scores.is_floating_point():
+        raise BadInput(f"the reward returned {tuple(scores.shape)} {scores.dtype}: it must be one float per clip")
     mean, deviation = scores.mean(), scores.std()
     if not deviation > 1e-6:
         raise BadInput(f"the reward is {mean:.3g} for every clip of the data: it can choose nothing, try another")
@@ -554,18 +565,23 @@ def find_reward(name):
         return motion_reward
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--reward {name} was not found ({error}): use motion, or module:function")
+        found = getattr(importlib.import_module(module), function)
+        if callable(found):
+            return found
+        error = "not a function"
+    except Exception as reason:                                             # whatever the user's module raises
+        error = reason
+    raise BadInput(f"--reward {name} cannot be used ({error}): give motion, or module:function")
 
 
-def measure(frames, captions, cfg):
+def measure(frames, captions, cfg, first=None):
     """Five numbers about decoded frames (B, F, 3, height, width) uint8, means over the B clips.
 
-    colour  fraction of frames whose object is nearest in hue to the captioned colour (None if no caption names one)
+    colour  fraction of frames whose object is nearest, by angle in RGB, to the captioned one (None if none is)
     shape   fraction of frames whose object overlaps the captioned shape best (None if no caption names one)
     speed   px per frame that the object's centre moves
-    copy    mean over frames W and later of the largest correlation, over pixels, with a frame of the first chunk
+    copy    mean over frames W and later of the largest correlation, over pixels, with a frame of the first chunk;
+            given `first`, a chunk from earlier in the stream, mean over all frames with that instead
     drift   standard deviation over 30 equal segments (of L frames or more) of the quality, which is 100 times the
             overlap with the captioned shape, or with the best one (after the paper's, of imaging quality)
     """
@@ -573,8 +589,11 @@ def measure(frames, captions, cfg):
         return torch.tensor([next((i for i, n in enumerate(names) if n in c.lower().split()), -1) for c in captions])
 
     def rate(best, target):
-        named = target >= 0
+        named, best = target >= 0, torch.where(mask.sum((2, 3)) > 0, best, -1)     # nothing there is wrong
         return (best[named] == target[named, None]).float().mean().item() if named.any() else None
+    def unit(x):                                                            # inner products are then correlations
+        x = x.float().flatten(2)
+        return F.normalize(x - x.mean(2, keepdim=True), dim=2)
     mask, centre, colour = track(frames)
     hues = F.normalize(torch.tensor(list(COLOURS.values())).float(), dim=1)
     overlaps, shape = shape_overlaps(mask, centre), wanted(SHAPES)
@@ -582,14 +601,14 @@ def measure(frames, captions, cfg):
     quality = torch.where(shape[:, None] >= 0, overlaps.gather(2, named)[..., 0], overlaps.max(2).values)
     segment = max(cfg.chunk, frames.shape[1] // 30)
     segments = quality[:, :frames.shape[1] // segment * segment].unflatten(1, (-1, segment)).mean(2)
-    flat = F.normalize((x := frames.float().flatten(2)) - x.mean(2, keepdim=True), dim=2)
-    later = min(cfg.window, frames.shape[1] - cfg.chunk)
-    similarity = flat[:, later:] @ flat[:, :cfg.chunk].mT
+    flat = unit(frames)
+    later = 0 if first is not None else min(cfg.window, frames.shape[1] - cfg.chunk)
+    similarity = flat[:, later:] @ (flat[:, :cfg.chunk] if first is None else unit(first)).mT
     return {"colour": rate((F.normalize(colour, dim=2) @ hues.T).argmax(2), wanted(COLOURS)),
             "shape": rate(overlaps.argmax(2), shape),
             "speed": (centre[:, 1:] - centre[:, :-1]).norm(dim=-1).mean().item(),
             "copy": similarity.max(2).values.mean().item(),
-            "drift": 100 * segments.std(1).mean().item()}
+            "drift": 100 * segments.std(1, correction=0).mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------------- Rollout
@@ -625,7 +644,7 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
 # ---------------------------------------------------------------------------------------------------------- Losses
 def flow_matching_loss(model, x0, text, sigma, noise):
-    """Mean over the batch of |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B,), text from model.embed_text."""
+    """Mean squared error of the velocity, (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma (B,), text embedded."""
     velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
     return (velocity - (noise - x0)).square().mean()
 
@@ -651,7 +670,7 @@ def dmd_gradient(x, x0_real, x0_fake):
 
 
 def redmd_loss(x, gradient, reward, beta):
-    """Mean over the batch of exp(reward / beta) |x - stopgrad(x - gradient)|^2 / 2, reward (B,): one weight per sample.
+    """Half the mean of exp(reward / beta) (x - stopgrad(x - gradient))^2, reward (B,): one weight per sample.
 
     Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD.
     """
@@ -722,7 +741,7 @@ def load_checkpoint(path):
     """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["config"] else None
+        return {**state, "config": state["config"]}                         # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
@@ -743,7 +762,7 @@ class Run:
     """A training run in the folder `out`: its data, its models so far, its checkpoint and its log.
 
     state, which is what checkpoint.pt holds: config (with a checksum of the data), words, codec; models: the weights of
-    every finished stage, and the seconds it took; log; partial: the stage under way (step, weights, optimisers) or None.
+    every finished stage, and the seconds it took; log; partial: step, weights, optimisers of the stage under way.
     """
     def __init__(self, cfg, out, data, device):
         self.cfg, self.out, self.device = cfg, Path(out), device
@@ -764,7 +783,9 @@ class Run:
                           "codec": PatchCodec.fit(cfg, self.clips).state}
         refuse_other_config(self.path, self.state, config)
         self.codec, self.text = PatchCodec(cfg, self.state["codec"]), WordText(cfg, self.state["words"])
+        self.text(self.captions)                                            # refuse a caption that is too long now
         self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
+        self.began = time.time()                                            # of the stage under way
 
     def save(self):
         """Checkpoint and log together: a killed run leaves no log lines of steps that will be taken again."""
@@ -783,6 +804,11 @@ class Run:
     def noise(self, generator, batch, frames):
         return torch.randn(batch, frames, *self.cfg.latent, generator=generator).to(self.device)
 
+    def noise_levels(self, generator, batch):
+        """(B,) random levels of the schedule, one in each equal slice of it."""
+        even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        return shift_sigma(even, self.cfg.shift).to(self.device)
+
     def features(self, captions):
         return self.text(captions).to(self.device)
 
@@ -799,26 +825,27 @@ class Run:
                 model.load_state_dict(partial["models"][name])
             for optimizer, saved in zip(optimizers, partial["optimizers"]):
                 optimizer.load_state_dict(saved)
-        began = time.time()
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
             for group, lr in zip((group for o in optimizers for group in o.param_groups), peak):
                 group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
             numbers = train_step(step, seeded(self.cfg.seed, stage, step))
+            if (step + 1) % max(1, steps // 20) == 0:
+                numbers["weights"] = sum(p.norm().item() for model in models.values() for p in model.parameters())
             wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
             if wrong:
                 raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
-                                         f"rate may help, {self.path} keeps the last good state")
+                                         "rate, or a larger beta, in another --out may help")
             if step % 10 == 0 or step == steps - 1:
                 bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
                 self.state["log"].append({"stage": stage, "step": step, **numbers})
-            if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:
-                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - began,
+            if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:  # some 20 checkpoints a stage
+                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - self.began,
                                          "models": {name: model.state_dict() for name, model in models.items()},
                                          "optimizers": [o.state_dict() for o in optimizers]}
                 self.save()
         self.state["models"][stage] = copy.deepcopy(models[result].state_dict())
-        self.state["seconds"][stage] = before + time.time() - began
-        self.state["partial"] = None
+        self.state["seconds"][stage] = before + time.time() - self.began
+        self.state["partial"], self.began = None, time.time()
         self.save()
 
 
@@ -837,8 +864,7 @@ def train_teacher(run):
             crops.append(crop.flip(-1) if flip else crop)
             captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
         x0 = run.codec.encode(torch.stack(crops)).to(run.device)
-        even = (torch.arange(cfg.teacher_batch) + torch.rand(cfg.teacher_batch, generator=g)) / cfg.teacher_batch
-        sigma = shift_sigma(even, cfg.shift).to(run.device)                 # one level in each equal slice of (0, 1)
+        sigma = run.noise_levels(g, cfg.teacher_batch)
         text = teacher.embed_text(run.features(captions))
         loss = flow_matching_loss(teacher, x0, text, sigma, run.noise(g, *x0.shape[:2]))
         return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
@@ -912,22 +938,19 @@ def train_student(run):
                          cfg.clip // cfg.chunk, exit_step, cache)
         return torch.cat(list(chunks), 1), captions, cache
 
-    def noise_levels(g):
-        even = (torch.arange(cfg.distill_batch) + torch.rand(cfg.distill_batch, generator=g)) / cfg.distill_batch
-        return shift_sigma(even, cfg.shift).clamp(0.02, 0.98).to(run.device)
-
     def train_step(step, g):
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
                 x, captions, _ = sample(g)
             text = critic.embed_text(run.features(captions))
-            loss = critic_loss(critic, x, text, noise_levels(g), run.noise(g, *x.shape[:2]))
+            sigma = run.noise_levels(g, len(x)).clamp(0.02, 0.98)
+            loss = critic_loss(critic, x, text, sigma, run.noise(g, *x.shape[:2]))
             update(critic, critic_optimizers, loss, 1.0)
             critic_losses.append(loss.item())
 
         x, captions, cache = sample(g)
-        text, sigma = run.features(captions), noise_levels(g)
+        text, sigma = run.features(captions), run.noise_levels(g, len(x)).clamp(0.02, 0.98)
         with torch.no_grad():
             reward = run.reward(run.codec.decode(x), captions).to(run.device)
             xt = add_noise(x, run.noise(g, *x.shape[:2]), per_sample(sigma, x))
@@ -939,7 +962,7 @@ def train_student(run):
         norm = update(student, student_optimizers, loss, 10.0)
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
-                mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 10)))
+                mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
         return {"loss": loss.item(), "critic": sum(critic_losses) / cfg.critic_ratio, "reward": reward.mean().item(),
                 "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
                 "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
@@ -963,7 +986,7 @@ def stream(student, codec, text, cfg, captions, frames=None, seed=0):
 
 
 def save_gif(path, videos, scale=3, columns=4):
-    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF of 16 frames per second."""
+    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF of 16.7 frames per second."""
     columns = min(columns, len(videos))
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
     frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2).permute(0, 2, 3, 1).cpu().numpy()
@@ -1011,18 +1034,19 @@ def report(run, repeats=4, frames=240, part=60):
     streamed = torch.cat(list(tqdm(chunks, "stream", frames // cfg.chunk)), 1)
     streaming = time.time() - streaming
 
-    data = torch.stack([run.clips[run.captions.index(caption)][:cfg.clip] for caption in prompts])
+    examples = {prompt: [clip for clip, c in zip(run.clips, run.captions) if c == prompt] for prompt in prompts}
+    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples.values()])
     whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
     metrics = {"data": measure(whole, run.captions, cfg),
                **{name: measure(video, captions, cfg) for name, video in videos.items()},
                "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
-                          "last": measure(streamed[:, -part:], prompts, cfg)},
-               "parameters": sum(p.numel() for p in run.model().parameters()),
-               "seconds": {**run.state["seconds"], "stream": streaming, "report": time.time() - began}}
+                          "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
+               "parameters": sum(p.numel() for p in run.model().parameters())}
     save_report(run.out / "report.png", {"data": data, "teacher": videos["teacher"], "student, ODE": videos["ode"],
                                          "student, Re-DMD": videos["student"]}, prompts)
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
+    metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_safely(run.out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
 
     rows = {"data": "data", "teacher": "teacher", "student, ODE": "ode", "student, Re-DMD": "student"}

@@ -52,7 +52,8 @@ def test_every_config_field_is_a_flag_with_help():
 
 @pytest.mark.parametrize("change, mend", [
     ({"clip": 10}, "clip=10 is not a multiple of chunk=3: try 9 or 12"), ({"window": 5}, "--window 9"),
-    ({"sink": -1}, "window"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
+    ({"sink": -1}, "0 or more"), ({"chunk": 0}, "chunk=0 must be 1 or more"), ({"shift": 0.0}, "above 0"),
+    ({"channels": 64}, "try 48"), ({"freq_dim": 65}, "64 or 66"), ({"critic_ratio": 0}, "critic_ratio=0"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
     ({"height": 20}, "try 16 or 24"), ({"sample_steps": 10}, "try 8 or 12"), ({"heads": 32}, "RoPE")])
 def test_impossible_config_is_refused_with_the_mend(change, mend):
     with pytest.raises(BadInput, match=mend.replace("(", ".")):
@@ -99,7 +100,7 @@ def test_broken_data_is_refused_by_file_name(tmp_path):
         with pytest.raises(BadInput, match=match):
             rf.load_clips(tmp_path, TOY)
     refused("has no captions.json")
-    for text in ("[", "{}", '[{"file": "a.png"}]', "[]"):
+    for text in ("[", "{}", '[{"file": "a.png"}]', "[]", '[{"file": "a.png", "caption": 5}]'):
         (tmp_path / "captions.json").write_text(text)
         refused("captions.json")
     (tmp_path / "captions.json").write_text('[{"file": "a.png", "caption": "a red circle"}]')
@@ -335,6 +336,11 @@ def test_tracker_knows_the_truth_of_tiny_data(data):
     assert abs(wrong["colour"] - 0.75) < 0.01 and abs(wrong["shape"] - 2 / 3) < 0.02
 
 
+def test_frames_without_an_object_count_as_wrong(data):
+    black = rf.measure(torch.zeros(1, 12, 3, 24, 24, dtype=torch.uint8), ["a red circle"], TOY)
+    assert black["colour"] == black["shape"] == black["speed"] == 0
+
+
 def test_copy_is_one_for_a_frozen_clip_and_lower_for_one_that_goes_on(data):
     frozen = data[0][:, :1].expand(-1, 12, -1, -1, -1)
     assert rf.measure(frozen, data[1], TOY)["copy"] > 0.999 and rf.measure(frozen, data[1], TOY)["drift"] < 1e-3
@@ -361,6 +367,13 @@ def test_reward_of_broken_motion_is_below_that_of_slow_clean_motion(data):
     broken["jitters"] = clips[:, [0, 4] * 24]
     mixed = clips[:, :, :, torch.randperm(24, generator=g)]
     broken["breaks up"] = torch.where((torch.arange(48) % 2 == 0)[None, :, None, None, None], clips, mixed)
+    time = torch.arange(48) * 0.3
+    dx, dy = torch.arange(24) + 0.5 - (5 + time)[:, None], torch.arange(24) + 0.5 - 12
+    distance = (dx[:, None] ** 2 + dy[:, None] ** 2).sqrt()
+    even = (5 - distance).clamp(0, 1) * 255                         # one disc that glides, one that pulses on the way
+    pulse = (torch.tensor([3, 6] * 24)[:, None, None] - distance).clamp(0, 1) * 255
+    even, pulse = (rf.motion_reward(disc[None, :, None].expand(-1, -1, 3, -1, -1).to(torch.uint8)) for disc in (even, pulse))
+    assert abs(even - 0.3) < 0.05 and pulse < even / 4
     for name, frames in broken.items():
         assert rf.measure(frames, ["a red circle"] * 120, TOY)["speed"] > 0.9 or "vanish" in name, name
         assert rf.motion_reward(frames).mean() < slow, name
@@ -372,12 +385,18 @@ def test_muon_orthogonalises_and_takes_equal_shapes_together():
     params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
-    rf.Muon(params, lr=1.0).step()
+    optimizer = rf.Muon(params, lr=1.0)
+    optimizer.step()
     for p in params:
         scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
         spread = torch.linalg.svdvals(p.detach()) / scale
         assert spread.min() > 0.4 and spread.max() < 1.3
         assert (p.detach() * p.grad).sum() < 0                  # downhill
+    before, grad = params[0].detach().clone(), torch.randn(8, 8)
+    fresh = torch.nn.Parameter(before.clone())
+    params[0].grad, fresh.grad = grad.clone(), grad.clone()
+    optimizer.step(), rf.Muon([fresh], lr=1.0).step()
+    assert (params[0] - fresh).abs().max() > 0.01               # the first step's gradient is remembered
 
 
 def test_optimizer_steps_once_per_update(monkeypatch):
@@ -482,8 +501,13 @@ def test_truncated_checkpoint_is_refused(trained, tmp_path, capsys):
 
 
 def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
-    assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30"]) == 1
+    assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30", "--teacher-steps", "60"]) == 1
     assert re.search("teacher step [0-9]: loss.* is not finite", capsys.readouterr().err)
+
+
+def test_ruined_weights_are_never_saved(tmp_path, capsys):
+    assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30"]) == 1       # a checkpoint every step
+    assert "teacher step 0: weights" in capsys.readouterr().err and not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_another_reward_can_take_its_place(data, tmp_path, monkeypatch):
@@ -491,5 +515,10 @@ def test_another_reward_can_take_its_place(data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     scores = rf.normalised(rf.find_reward("my_reward:red"), list(data[0]), data[1], TOY)(data[0], data[1])
     assert scores[["red" in c for c in data[1]]].mean() > scores[["blue" in c for c in data[1]]].mean() + 0.5
+    for name in ("os:sep", "nothing:here", "words"):
+        with pytest.raises(BadInput, match=f"--reward {name} cannot be used"):
+            rf.find_reward(name)
+    with pytest.raises(BadInput, match="one float per clip"):
+        rf.normalised(lambda frames, captions: torch.ones(len(frames), 1), list(data[0]), data[1], TOY)
     with pytest.raises(BadInput, match="can choose nothing"):
         rf.normalised(lambda frames, captions: torch.ones(len(frames)), list(data[0]), data[1], TOY)
