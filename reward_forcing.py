@@ -27,7 +27,6 @@ v = noise - x0, so x0 = x_t - sigma v: see add_noise and recover_x0.
 Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan2.1 2503.20314; Muon (K. Jordan, 2024).
 """
 import argparse
-import copy
 import difflib
 import importlib
 import inspect
@@ -843,7 +842,7 @@ class Run:
                                          "models": {name: model.state_dict() for name, model in models.items()},
                                          "optimizers": [o.state_dict() for o in optimizers]}
                 self.save()
-        self.state["models"][stage] = copy.deepcopy(models[result].state_dict())
+        self.state["models"][stage] = {name: p.clone() for name, p in models[result].state_dict().items()}
         self.state["seconds"][stage] = before + time.time() - self.began
         self.state["partial"], self.began = None, time.time()
         self.save()
@@ -1023,11 +1022,10 @@ def report(run, repeats=4, frames=240, part=60):
     trajectory = teacher_trajectory(run.model("teacher"), noise, text, torch.zeros_like(text), cfg)
     videos = {"teacher": run.codec.decode(trajectory[:, -1])}
     for name in ("ode", "student"):
-        starts, calls, g = iter(noise.split(cfg.chunk, 1)), itertools.count(), seeded(cfg.seed, "renoise")
-
-        def draw():                                                         # chunks start from the teacher's noise
-            return next(starts) if next(calls) % cfg.steps == 0 else run.noise(g, len(captions), cfg.chunk)
-        latents = rollout(run.model(name), text, cfg, draw, cfg.clip // cfg.chunk)
+        g = seeded(cfg.seed, "renoise")                                     # chunks start from the teacher's noise
+        draws = (draw for start in noise.split(cfg.chunk, 1)
+                 for draw in (start, *(run.noise(g, len(captions), cfg.chunk) for _ in range(cfg.steps - 1))))
+        latents = rollout(run.model(name), text, cfg, draws.__next__, cfg.clip // cfg.chunk)
         videos[name] = run.codec.decode(torch.cat(list(latents), 1))
     streaming = time.time()
     chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
@@ -1049,9 +1047,9 @@ def report(run, repeats=4, frames=240, part=60):
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_safely(run.out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
 
-    rows = {"data": "data", "teacher": "teacher", "student, ODE": "ode", "student, Re-DMD": "student"}
-    rows = {label: metrics[name] for label, name in rows.items()}
-    rows.update({f"stream, {name} {part}": metrics["stream"][name] for name in ("first", "last")})
+    rows = {"data": metrics["data"], "teacher": metrics["teacher"], "student, ODE": metrics["ode"],
+            "student, Re-DMD": metrics["student"], f"stream, first {part}": metrics["stream"]["first"],
+            f"stream, last {part}": metrics["stream"]["last"]}
     print(" " * 18 + "".join(f"{k:>8}" for k in metrics["data"]))
     for label, row in rows.items():
         print(f"{label:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
@@ -1133,16 +1131,11 @@ def main(argv=None):
             report(run, frames=args.frames)
         else:
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint")
-    except BadInput as error:
-        print(f"reward_forcing: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"reward_forcing: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nreward_forcing: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except (BadInput, FloatingPointError, KeyboardInterrupt) as error:
+        reason = str(error) or "stopped; training goes on from the last checkpoint when the command is given again"
+        print(f"reward_forcing: {reason}", file=sys.stderr)
+        return {BadInput: 2, FloatingPointError: 1, KeyboardInterrupt: 130}[type(error)]
 
 
 if __name__ == "__main__":

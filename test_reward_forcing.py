@@ -1,6 +1,7 @@
 """Facts about reward_forcing.py, in file order. `pytest test_reward_forcing.py`, about a minute on two cores."""
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_tiny_data_is_what_its_script_draws_byte_for_byte(tmp_path):
 
 
 def test_tiny_data_is_small():
-    assert sum(p.stat().st_size for p in (HERE / "tiny_data").rglob("*") if p.is_file()) < 2e6
+    assert sum(p.stat().st_size for p in (HERE / "tiny_data/clips").iterdir()) < 2e6
 
 
 def test_strips_and_animations_load_alike_and_other_sizes_are_cropped(tmp_path):
@@ -322,6 +323,134 @@ def test_first_critic_loss_is_not_zero_and_vanishes_for_a_perfect_critic():
     assert rf.critic_loss(lambda x, sigma, text: noise - x0, x0, None, sigma, noise) == 0
     model = random_model(SMALL, torch.float32)
     assert rf.critic_loss(model, x0, model.embed_text(torch.zeros(2, 3, SMALL.text_dim)), sigma, noise) > 0.1
+
+
+# ------------------------------------------------------------- Golden: numbers recorded from the public implementation
+GOLDEN = Path(os.environ.get("REWARD_FORCING_GOLDEN", HERE / "tiny_data" / "golden.npz"))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Every recorded array, and the model and config that the file describes; nothing about its sizes is known here."""
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN).items()}
+
+    def n(key):
+        assert arrays["cfg." + key] == int(arrays["cfg." + key])
+        return int(arrays["cfg." + key])
+    cfg = replace(TOY, dim=n("dim"), ffn_dim=n("ffn_dim"), heads=n("num_heads"), layers=n("num_layers"), freq_dim=n("freq_dim"),
+                  text_dim=n("text_dim"), text_len=n("text_len"), channels=n("in_dim"), height=n("height") * TOY.stride,
+                  width=n("width") * TOY.stride, chunk=n("frames_per_chunk"), sink=n("sink_size"), window=n("local_attn_size"),
+                  alpha=float(arrays["cfg.alpha"]), guidance=float(arrays["cfg.guidance"]), shift=5.0)
+    model = VideoTransformer(cfg).requires_grad_(False)
+    model.load_state_dict({k[3:]: v for k, v in arrays.items() if k.startswith("sd.")})
+    return arrays, cfg, model
+
+
+def close(ours, recorded, tolerance):
+    assert ours.shape == recorded.shape and (ours - recorded).abs().max() <= tolerance, (ours - recorded).abs().max()
+
+
+def test_golden_file_agrees_with_itself(golden):
+    a, cfg, _ = golden
+    for key, value in (("frame_seqlen", cfg.tokens), ("out_dim", cfg.channels), ("chunks", a["stream.noise"].shape[1] / cfg.chunk),
+                       ("b2_chunks", a["stream_b2.noise"].shape[1] / cfg.chunk), ("beta", a["redmd.beta"]), ("guidance", a["redmd.guidance"])):
+        assert a["cfg." + key] == value, key
+
+
+def test_golden_schedule(golden):
+    a, cfg, _ = golden
+    sigmas = rf.shift_sigma(torch.linspace(1, 0, 1001)[:-1], cfg.shift)
+    close(sigmas, a["sched.sigmas"], 1e-6)
+    close(1000 * sigmas, a["sched.timesteps"], 1e-3)                        # float32 of numbers up to 1000
+    close(1000 * torch.tensor(cfg.sigmas), a["sched.warped"], 1e-3)
+    sigma = rf.per_sample(a["sched.ex_sigma"], a["sched.ex_x"])
+    nearest = (a["sched.timesteps"] - a["sched.ex_t"].float()[:, None]).abs().argmin(1)
+    close(a["sched.sigmas"][nearest], a["sched.ex_sigma"], 1e-6)
+    close(rf.add_noise(a["sched.ex_x"], a["sched.ex_noise"], sigma), a["sched.ex_xt"], 1e-5)
+    close(rf.recover_x0(a["sched.ex_xt"], a["sched.ex_flow"], sigma), a["sched.ex_x0"], 1e-5)
+    assert a["sched.ex_sigma"][a["sched.ex_t"] == 0].min() > 0.004          # there t = 0 is sigma 0.005; here 0 is 0
+
+
+def test_golden_rope_of_128_channels(golden):
+    a, _, _ = golden
+    close(rf.rotate(a["rope128.x"], rf.rope_table(3, 2, 3, 128)), a["rope128.start0"], 2e-5)
+    close(rf.rotate(a["rope128.x"], rf.rope_table(9, 2, 3, 128)[:, 36:]), a["rope128.start6"], 2e-5)
+
+
+def test_golden_time_embedding_and_bidirectional_forward(golden):
+    a, cfg, model = golden
+    close(model.embed_sigma(a["temb.t"].double() / 1000), a["temb.out"], 2e-5)
+    x, sigma = a["bidir.x"].transpose(1, 2), a["bidir.t"].double() / 1000
+    close(model(x, sigma, model.embed_text(a["ctx"])).transpose(1, 2), a["bidir.flow"], 2e-5)
+    close(model(x[1:], sigma[1:], model.embed_text(a["ctx"][1:, :3])).transpose(1, 2), a["bidir.flow_len3"], 2e-5)
+
+
+@pytest.mark.parametrize("name, batch", [("stream", 1), ("static", 1), ("stream_b2", 2)])
+def test_golden_stream(golden, name, batch):
+    a, cfg, model = golden
+    cfg = replace(cfg, alpha=1.0) if name == "static" else cfg
+    noises = a["stream.noise" if name == "static" else name + ".noise"].unflatten(1, (-1, cfg.chunk))
+    renoise = a["stream.renoise" if name == "static" else name + ".renoise"]
+    draws = (draw for n in range(noises.shape[1]) for draw in (noises[:, n], *renoise[n]))
+    flows, cache = [], EMASinkCache(cfg, batch)
+
+    def recording(*args):
+        flows.append(model(*args))
+        return flows[-1]
+    recording.embed_text = model.embed_text
+    for n, x0 in enumerate(rollout(recording, a["ctx"][:batch], cfg, draws.__next__, noises.shape[1], cache=cache)):
+        close(x0, a[name + ".x0"].unflatten(1, (-1, cfg.chunk))[:, n], 5e-5)
+        if n and name + ".sink_k" in a:                                     # recorded after the chunk; chunk 0 is cached later
+            for ours, recorded in zip(cache.sink.flatten(3, 4), (a[name + ".sink_k"][n], a[name + ".sink_v"][n])):
+                close(ours, recorded, 5e-5)
+    if name + ".sink_k" in a:
+        first = a[name + ".sink_k"][0], a[name + ".sink_v"][0]
+        assert all(torch.equal(now, then) for now, then in zip(first, (a[name + ".sink_k"][1], a[name + ".sink_v"][1])))
+    if name + ".flow" in a:
+        close(torch.stack(flows).unflatten(0, (-1, cfg.steps + 1)), a[name + ".flow"], 5e-5)
+    if name + ".sink_k_final" in a:
+        close(cache.sink[0].flatten(2, 3), a[name + ".sink_k_final"], 5e-5)
+        close(cache.sink[1].flatten(2, 3), a[name + ".sink_v_final"], 5e-5)
+
+
+def test_golden_redmd_and_critic(golden):
+    a, cfg, _ = golden
+    sigma = a["redmd.timestep"][:, 0].double() / 1000
+    nearest = a["sched.sigmas"][(a["sched.timesteps"] - 1000 * sigma.float()[:, None]).abs().argmin(1)]
+    close(rf.add_noise(a["redmd.x0"], a["redmd.noise"], rf.per_sample(nearest, a["redmd.x0"])), a["redmd.noisy"], 1e-5)
+    cond, uncond = a["redmd.pred_real_cond"], a["redmd.pred_real_uncond"]
+
+    def teacher(xt, sigma, text):                                           # a teacher whose x0 are the recorded ones
+        return (xt - torch.cat([cond, uncond])) / rf.per_sample(sigma, xt)
+    teacher.embed_text = lambda text: text
+    real = rf.guided_x0(teacher, a["redmd.noisy"].double(), nearest.double(), torch.zeros(2, 1), torch.zeros(2, 1), float(a["redmd.guidance"]))
+    x0 = a["redmd.x0"].double().requires_grad_()
+    gradient = rf.dmd_gradient(x0.detach(), real, a["redmd.pred_fake"].double())
+    close(gradient.float(), a["redmd.grad"], 1e-5 * a["redmd.grad"].abs().max())
+    close((x0 - real).abs().mean((1, 2, 3, 4)).float(), a["redmd.normalizer"], 1e-5)
+    for i in range(len(x0)):                                                # recorded with one call per sample
+        x = a["redmd.x0"][i:i + 1].double().requires_grad_()
+        loss = rf.redmd_loss(x, gradient[i:i + 1], a["redmd.mq"][i:i + 1].double(), 1 / float(a["redmd.beta"]))
+        loss.backward()
+        assert abs(loss / a["redmd.loss"][i] - 1) < 1e-5
+        close(x.grad[0].float(), a["redmd.dloss_dx0"][i], 1e-5 * a["redmd.dloss_dx0"][i].abs().max())
+
+    def critic(xt, sigma, text):
+        return (xt - a["redmd.pred_fake"]) / rf.per_sample(sigma, xt)
+    level = a["sched.sigmas"][(a["sched.timesteps"] - a["critic.timestep"][:, :1].float()).abs().argmin(1)]
+    noise = a["critic.noise"].view_as(a["redmd.x0"])
+    assert abs(rf.critic_loss(critic, a["redmd.x0"], None, level, noise) / a["critic.loss"] - 1) < 1e-5
+
+
+def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sample_0(golden):
+    a, cfg, _ = golden
+    weight = torch.exp(a["redmd.beta"] * a["redmd.mq"])
+    loss = (weight[0] * a["redmd.loss"] / weight).mean()                    # both samples weighted alike
+    assert abs(loss / a["redmd.official_b2_loss"] - 1) < 1e-5
+    theirs = (a["redmd.dloss_dx0"] * rf.per_sample(weight[0] / weight, a["redmd.x0"])) / 2
+    close(theirs, a["redmd.official_b2_dloss_dx0"], 1e-5 * theirs.abs().max())
+    ours = rf.redmd_loss(a["redmd.x0"], a["redmd.grad"], a["redmd.mq"], 1 / float(a["redmd.beta"]))
+    assert abs(ours / a["redmd.official_b2_loss"] - 1) > 0.01               # so it matters
 
 
 # ------------------------------------------------------------------------------------------------ Reward, measures
