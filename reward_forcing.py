@@ -27,7 +27,9 @@ v = noise - x0, so x0 = x_t - sigma v: see add_noise and recover_x0.
 Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan2.1 2503.20314; Muon (K. Jordan, 2024).
 """
 import argparse
+import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import itertools
@@ -35,6 +37,10 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
+import statistics
+import subprocess
 import sys
 import time
 import zlib
@@ -46,7 +52,28 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------- Noise maths
+def shift_sigma(u, shift):
+    """u in [0, 1] to a noise level in [0, 1]; larger shifts spend more of the schedule near noise (SD3, 2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def add_noise(x0, noise, sigma):
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def recover_x0(xt, velocity, sigma):
+    return xt - sigma * velocity
+
+
+def per_sample(sigma, x):
+    """(B,) to (B, 1, ..., 1), so that it multiplies x (B, ...)."""
+    return sigma.view(-1, *[1] * (x.dim() - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- Config
@@ -69,8 +96,9 @@ class Config:
     height: int = 24             # video height in pixels
     width: int = 24              # video width in pixels
     stride: int = 4              # pixels per latent pixel, in height and width
+    time_stride: int = 1         # video frames per latent frame, but for the first, which is one
     # the stream
-    chunk: int = 3               # L: frames generated together
+    chunk: int = 3               # L: latent frames generated together
     sink: int = 3                # S: frames of memory that never leave the window; 0 is no sink
     window: int = 9              # W: frames attention sees, sink and current chunk included
     alpha: float = 0.9           # what the sink keeps at each update; 1 is a static sink
@@ -103,72 +131,51 @@ class Config:
             least = {"sink": 0, "seed": 0}.get(f.name, 1)
             if f.type is int and getattr(self, f.name) < least:
                 raise BadInput(f"{f.name}={getattr(self, f.name)} must be {least} or more")
-        if self.window < self.sink + self.chunk:
-            raise BadInput(f"window={self.window} cannot hold sink={self.sink} and chunk={self.chunk}: "
-                           f"try --window {self.sink + 2 * self.chunk}")
-        multiple("clip", self.clip, "chunk", self.chunk)
-        multiple("sample_steps", self.sample_steps, "steps", self.steps)
-        multiple("height", self.height, "two latent pixels", 2 * self.stride)
-        multiple("width", self.width, "two latent pixels", 2 * self.stride)
-        multiple("freq_dim", self.freq_dim, "sine and cosine", 2)
-        multiple("dim", self.dim, "twice the heads", 2 * self.heads)
-        if self.head_dim < 6:
-            raise BadInput(f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
-                           "3-D RoPE needs 6, try fewer --heads")
-        if self.channels > 3 * self.stride ** 2:
-            raise BadInput(f"channels={self.channels} is more than the numbers in a patch: try {3 * self.stride ** 2}")
-        for name in ("alpha", "drop_caption", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        for name in ("beta", "shift"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"{name}={getattr(self, name)} must be above 0 (for plain DMD: --beta inf)")
+        self.rows, self.cols = self.height // self.stride // 2, self.width // self.stride // 2
+        self.tokens = self.rows * self.cols                             # N; a token covers 2 x 2 latent pixels
+        self.latent = self.channels, 2 * self.rows, 2 * self.cols       # (C, h, w)
+        self.head_dim = self.dim // self.heads                          # D
+        for name, of, unit in (("clip", "chunk", self.chunk), ("sample_steps", "steps", self.steps),
+                               ("height", "two latent pixels", 2 * self.stride), ("freq_dim", "sine and cosine", 2),
+                               ("width", "two latent pixels", 2 * self.stride), ("dim", "2 heads", 2 * self.heads)):
+            multiple(name, getattr(self, name), of, unit)
+        for fits, wrong in (
+                (self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink={self.sink} and "
+                 f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}"),
+                (self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
+                 "3-D RoPE needs 6, try fewer --heads"),
+                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the numbers in a patch: "
+                 f"try {3 * self.stride ** 2}"),
+                *((0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
+                  for k in ("alpha", "drop_caption", "ema")),
+                *((getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
+                  for k in ("beta", "shift"))):
+            if not fits:
+                raise BadInput(wrong)
 
     @property
-    def rows(self): return self.height // self.stride // 2              # a token covers 2 x 2 latent pixels
-    @property
-    def cols(self): return self.width // self.stride // 2
-    @property
-    def tokens(self): return self.rows * self.cols                      # N
-    @property
-    def head_dim(self): return self.dim // self.heads                   # D
-    @property
-    def latent(self): return self.channels, 2 * self.rows, 2 * self.cols   # (C, h, w)
-    @property
-    def sigmas(self): return [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
+    def sigmas(self):
+        return [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
+
+    def chunks_in(self, frames):
+        """Chunks that make this many video frames. BadInput with the nearest numbers that work."""
+        extra = self.time_stride - 1
+        multiple("frames", frames, "chunk", self.chunk * self.time_stride, extra)
+        return (frames + extra) // (self.chunk * self.time_stride)
 
 
-def multiple(name, value, of, unit):
-    if value < 1 or value % unit:
-        below = value // unit * unit
-        raise BadInput(f"{name}={value} is not a multiple of {of}={unit}: "
-                       f"try {f'{below} or ' if below > 0 else ''}{max(below, 0) + unit}")
+def multiple(name, value, of, unit, extra=0):
+    if value < 1 or (value + extra) % unit:
+        below = (value + extra) // unit * unit - extra
+        raise BadInput(f"{name}={value} is not a multiple of {of}={unit}{f' less {extra}' if extra else ''}: "
+                       f"try {f'{below} or ' if below > 0 else ''}{max(below, -extra) + unit}")
 
 
 PRESETS = {
     "toy": Config(),
-    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, text_dim=4096, text_len=512,
-                   height=480, width=832, stride=8, alpha=0.99, shift=5.0, clip=21, guidance=3.0),   # Wan2.1-T2V-1.3B
+    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, text_dim=4096, text_len=512, height=480,
+                   width=832, stride=8, time_stride=4, alpha=0.99, shift=5.0, clip=21, guidance=3.0),  # Wan2.1-T2V-1.3B
 }
-
-
-# ----------------------------------------------------------------------------------------------------- Noise maths
-def shift_sigma(u, shift):
-    """u in [0, 1] to a noise level in [0, 1]; larger shifts spend more of the schedule near noise (SD3, 2403.03206)."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def add_noise(x0, noise, sigma):
-    return (1 - sigma) * x0 + sigma * noise
-
-
-def recover_x0(xt, velocity, sigma):
-    return xt - sigma * velocity
-
-
-def per_sample(sigma, x):
-    """(B,) to (B, 1, ..., 1), so that it multiplies x (B, ...)."""
-    return sigma.view(-1, *[1] * (x.dim() - 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ Data
@@ -177,10 +184,9 @@ def read_frames(path, size):
     with Image.open(path) as image:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
     if len(frames) == 1:
-        strip, side = frames[0], min(frames[0].size)
-        starts = range(0, max(strip.size) - side + 1, side)
-        corners = [(x, 0) if strip.width > side else (0, x) for x in starts]
-        frames = [strip.crop((x, y, x + side, y + side)) for x, y in corners]
+        (wide, high), side = frames[0].size, min(frames[0].size)
+        frames = [frames[0].crop((x, y, x + side, y + side))
+                  for y in range(0, high - side + 1, side) for x in range(0, wide - side + 1, side)]
     frames = [frame if frame.size == size else ImageOps.fit(frame, size) for frame in frames]
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()
 
@@ -188,30 +194,24 @@ def read_frames(path, size):
 def load_clips(folder, cfg):
     """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists them.
 
-    Raises BadInput that names the file for a missing list, a caption without its clip, and a broken or short clip.
+    Raises BadInput that names the file for a missing or wrong list, a caption without its clip, a broken or short clip.
     """
-    folder, clips, captions = Path(folder), [], []
+    listing, clips, captions = Path(folder) / "captions.json", [], []
     try:
-        entries = json.loads((folder / "captions.json").read_text())
-        files = [(entry["file"] + "", entry["caption"] + "") for entry in entries]      # TypeError if not text
-    except FileNotFoundError:
-        raise BadInput(f"{folder} has no captions.json: it should hold a list of {{\"file\": ..., \"caption\": ...}}")
+        captions = [entry["caption"] + "" for entry in json.loads(listing.read_text())]     # TypeError if not text
+        paths = [Path(folder) / entry["file"] for entry in json.loads(listing.read_text())]
+        if not captions:
+            raise ValueError("it is empty")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{folder / 'captions.json'} is not a list of {{\"file\": ..., \"caption\": ...}} ({error!r})")
-    if not files:
-        raise BadInput(f"{folder / 'captions.json'} lists no clip: add at least one")
-    for name, caption in files:
+        raise BadInput(f"{listing} must be a list of {{\"file\": ..., \"caption\": ...}} ({error!r}): write it anew")
+    for path, caption in zip(paths, captions):
         try:
-            frames = read_frames(folder / name, (cfg.width, cfg.height))
-        except FileNotFoundError:
-            raise BadInput(f"the caption {caption!r} has no clip: {folder / name} does not exist")
+            clips.append(read_frames(path, (cfg.width, cfg.height)))
         except Exception as error:                                      # Pillow raises many kinds on a broken file
-            raise BadInput(f"{folder / name} is not a picture that Pillow can read ({error}): replace or unlist it")
-        if len(frames) < cfg.clip:
-            raise BadInput(f"{folder / name} has {len(frames)} frames and a training clip {cfg.clip}: "
+            raise BadInput(f"the clip of {caption!r}, {path}, cannot be read ({error}): replace or unlist it")
+        if len(clips[-1]) < cfg.clip:
+            raise BadInput(f"{path} has {len(clips[-1])} frames and a training clip {cfg.clip}: "
                            "use a longer one or a smaller --clip")
-        clips.append(frames)
-        captions.append(caption)
     return clips, captions
 
 
@@ -219,10 +219,10 @@ class PatchCodec:
     """The toy's VAE: principal components of stride x stride pixel patches, found in closed form.
 
     encode: frames (B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) float, unit variance on average.
-    decode: the inverse, as near as C components allow. Another codec needs only these two methods.
+    decode: the inverse, as near as C components allow. Another codec needs only decode to stream (WanCodec).
     """
     def __init__(self, cfg, state):
-        self.cfg, self.state = cfg, state
+        self.stride, self.state = cfg.stride, state
 
     @classmethod
     def fit(cls, cfg, clips):
@@ -236,33 +236,31 @@ class PatchCodec:
         codec.state = {"mean": pixels.mean(0), "basis": basis.float(), "scale": scale.float()}
         return codec
 
-    def patches(self, frames):                                          # (B, F, h, w, 3*stride*stride) in [-1, 1]
-        s = self.cfg.stride
-        x = (frames.float() / 127.5 - 1).unflatten(-1, (-1, s)).unflatten(-3, (-1, s))   # (B, F, 3, h, s, w, s)
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    def patches(self, frames):
+        x = F.pixel_unshuffle(frames.flatten(0, 1).float() / 127.5 - 1, self.stride)
+        return x.unflatten(0, frames.shape[:2]).permute(0, 1, 3, 4, 2)  # (B, F, h, w, 3*stride*stride) in [-1, 1]
 
     def encode(self, frames):
         z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
         return z.permute(0, 1, 4, 2, 3).contiguous()
 
-    def decode(self, latents):
-        latents = latents.float().cpu()
-        s = self.cfg.stride
-        x = (latents.permute(0, 1, 3, 4, 2) * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
-        x = x.unflatten(-1, (3, s, s)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    def decode(self, latents, memory=None):
+        """memory, a dict that lives as long as a stream, is for codecs whose frames depend on earlier ones."""
+        z = latents.float().cpu().permute(0, 1, 3, 4, 2)
+        x = (z * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
+        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride).unflatten(0, latents.shape[:2])
         return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class WordText:
-    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word."""
-    def __init__(self, cfg, words):
-        self.cfg, self.words = cfg, words
-        if len(words) > cfg.text_dim:
-            raise BadInput(f"the captions use {len(words)} different words: try --text-dim {len(words)}")
+    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word.
 
-    @classmethod
-    def from_captions(cls, cfg, captions):
-        return cls(cfg, sorted({word for caption in captions for word in caption.lower().split()}))
+    It knows the words of `captions`; `words` lists them.
+    """
+    def __init__(self, cfg, captions):
+        self.cfg, self.words = cfg, sorted({word for caption in captions for word in caption.lower().split()})
+        if len(self.words) > cfg.text_dim:
+            raise BadInput(f"the captions use {len(self.words)} different words: try --text-dim {len(self.words)}")
 
     def __call__(self, captions):
         """Captions to (B, text_len, text_dim); "" is the null caption of guidance. BadInput for an unknown word."""
@@ -280,7 +278,8 @@ class WordText:
 
 
 # ---------------------------------------------------------------------------------------------------------- Layers
-def rope_table(frames, rows, cols, head_dim):
+@functools.cache
+def rope_table(frames, rows, cols, head_dim, device="cpu"):
     """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
 
     The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels).
@@ -290,19 +289,19 @@ def rope_table(frames, rows, cols, head_dim):
     angles = [grid[:, axis, None] * 10000.0 ** -(torch.arange(0, size, 2).double() / size)
               for axis, size in enumerate((head_dim - 2 * band, band, band))]
     angles = torch.cat(angles, 1)[:, None]
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
 def rotate(x, table):
-    """RoPE: turn each (even, odd) channel pair of x (..., T, H, D) by the table's angles."""
+    """RoPE: turn each (even, odd) channel pair of x (..., T, H, D) by the table's angles, in float32 or better."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.to(x.dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    cos, sin = table
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
 
 def patchify(x):
     """(B, F, C, h, w) -> (B, F, N, C*4), each vector in the order (C, ph, pw)."""
-    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+    return F.pixel_unshuffle(x, 2).flatten(3).mT
 
 
 def unpatchify(x, rows):
@@ -379,29 +378,32 @@ class EMASinkCache:
     One chunk: make_room, then any number of passes (each calls attend in every layer), then append.
     """
     def __init__(self, cfg, batch, device="cpu", dtype=torch.float32):
-        def zeros(frames, dtype):
+        def zeros(frames, dtype=dtype):
             shape = 2, cfg.layers, batch, frames, cfg.tokens, cfg.heads, cfg.head_dim     # 2: keys, values
             return torch.zeros(shape, device=device, dtype=dtype)
         self.cfg = cfg
         self.sink = zeros(cfg.sink, torch.float32)
-        self.recent = zeros(cfg.window - cfg.sink, dtype)
-        self.context = zeros(cfg.window - cfg.chunk, dtype).flatten(3, 4)   # what passes read, keys rotated
-        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim).to(device)
-        self.staged = [None] * cfg.layers   # keys and values of the newest pass
+        self.recent = zeros(cfg.window - cfg.sink)
+        self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
+        # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
+        self.window = [[kv.clone() for kv in layer] for layer in zeros(cfg.window).flatten(3, 4).unbind(1)]
+        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, device)
         self.seen = 0                       # frames appended so far
         self.held = 0                       # of which in `recent`
         self.length = 0                     # tokens of context for the coming chunk
         self.updates = 0                    # frames folded into the sink so far
 
+    @torch.no_grad()
     def make_room(self):
         """Evict what the coming chunk pushes out of the window; rotate what stays, once for all its passes."""
         filled = min(self.seen, self.cfg.sink)
         self.evict(max(0, filled + self.held + self.cfg.chunk - self.cfg.window))
-        frames = [self.sink[:, :, :, :filled].to(self.recent.dtype), self.recent[:, :, :, :self.held]]
-        keys, values = torch.cat(frames, 3).flatten(3, 4)                   # (layers, B, length, H, D)
-        self.length = keys.shape[2]
-        self.context[0, :, :, :self.length] = rotate(keys, self.rope[:, :self.length])
-        self.context[1, :, :, :self.length] = values
+        self.length = (filled + self.held) * self.cfg.tokens
+        for layer in range(self.cfg.layers):
+            frames = [self.sink[:, layer, :, :filled].type_as(self.recent), self.recent[:, layer, :, :self.held]]
+            keys, values = torch.cat(frames, 2).flatten(2, 3)           # (B, length, H, D)
+            self.window[layer][0][:, :self.length] = rotate(keys, self.rope[:, :self.length])
+            self.window[layer][1][:, :self.length] = values
 
     def evict(self, frames):
         """Fold the oldest recent frames into the sink: one update per frame."""
@@ -415,15 +417,21 @@ class EMASinkCache:
 
     def attend(self, layer, q, k, v):
         """q, k, v (B, L*N, H, D) of the chunk -> rotated q, and k, v with the context in front. Stages k, v."""
+        end = self.length + q.shape[1]
+        here = self.rope[:, self.length:end]
+        keys, values = self.window[layer]
         self.staged[layer] = k, v
-        here = self.rope[:, self.length:self.length + q.shape[1]]
-        context_k, context_v = self.context[:, layer, :, :self.length]
-        return rotate(q, here), torch.cat([context_k, rotate(k, here)], 1), torch.cat([context_v, v], 1)
+        if torch.is_grad_enabled():         # what carries gradient cannot be written in place
+            return (rotate(q, here), torch.cat([keys[:, :self.length], rotate(k, here)], 1),
+                    torch.cat([values[:, :self.length], v], 1))
+        keys[:, self.length:end] = rotate(k, here)
+        values[:, self.length:end] = v
+        return rotate(q, here), keys[:, :end], values[:, :end]
 
     @torch.no_grad()
     def append(self):
         """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0)."""
-        new = torch.stack([torch.stack(pair) for pair in zip(*self.staged)]).unflatten(3, (self.cfg.chunk, -1))
+        new = torch.stack([torch.stack(pair) for pair in self.staged], 1).unflatten(3, (self.cfg.chunk, -1))
         to_sink = min(max(0, self.cfg.sink - self.seen), self.cfg.chunk)    # the first S frames are the sink's start
         self.sink[:, :, :, self.seen:self.seen + to_sink] = new[:, :, :, :to_sink]
         self.recent[:, :, :, self.held:self.held + self.cfg.chunk - to_sink] = new[:, :, :, to_sink:]
@@ -449,14 +457,19 @@ class VideoTransformer(nn.Module):
         self.head = Head(dim, cfg.channels * 4)
         nn.init.zeros_(self.head.head.weight)                               # starts by predicting no velocity
         nn.init.zeros_(self.head.head.bias)
-        self.register_buffer("rope", rope_table(cfg.clip, cfg.rows, cfg.cols, cfg.head_dim), persistent=False)
+
+    @property
+    def weight(self):
+        """Any of its parameters, to ask for its device and dtype."""
+        return self.patch_embedding.weight
 
     def embed_text(self, text):
         """(B, T <= text_len, text_dim) -> every layer's cross-attention key and value; once per prompt.
 
         Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to.
         """
-        text = self.text_embedding(F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])))
+        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])).to(self.weight.dtype)
+        text = self.text_embedding(text)
         return [block.cross_attn.key_value(text) for block in self.blocks]
 
     def embed_sigma(self, sigma):
@@ -464,19 +477,17 @@ class VideoTransformer(nn.Module):
         half = self.cfg.freq_dim // 2
         freqs = 10000.0 ** (-torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
         angles = 1000 * sigma.double()[..., None] * freqs
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.head.modulation.dtype)
+        return torch.cat([angles.cos(), angles.sin()], -1).to(self.weight.dtype)
 
     def forward(self, x, sigma, text, cache=None):
-        """Velocity (B, F, C, h, w) at x of the same shape; sigma (B,), or (B, F) for a level per frame."""
-        if sigma.dim() == 1:
-            sigma = sigma[:, None]
-        time = self.time_embedding(self.embed_sigma(sigma))                 # (B, F or 1, dim)
-        modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, F or 1, 6, dim)
-        rope = self.rope[:, :x.shape[1] * self.cfg.tokens]
-        x = F.linear(patchify(x), self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
+        time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
+        rope = rope_table(x.shape[1], self.cfg.rows, self.cfg.cols, self.cfg.head_dim, x.device) if not cache else None
+        h = F.linear(patchify(x).to(self.weight.dtype), self.weight.flatten(1), self.patch_embedding.bias)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, text[layer], rope, layer, cache)
-        return unpatchify(self.head(x, time), self.cfg.rows)
+            h = block(h, modulation, text[layer], rope, layer, cache)
+        return unpatchify(self.head(h, time), self.cfg.rows).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------ Reward, measures
@@ -545,32 +556,23 @@ def motion_reward(frames, captions=None):
     return (progress * same[:, :-1] * same[:, 1:]).mean(1)
 
 
-def normalised(reward, clips, captions, cfg):
-    """`reward` shifted and scaled to mean 0 and deviation 1 over the data's training clips."""
+def find_reward(name, clips, captions, cfg):
+    """The reward called `name`, shifted and scaled to mean 0 and deviation 1 over the data's training clips.
+
+    "motion", or "module:function" of the user's own: (frames (B, F, 3, H, W) uint8, captions) -> (B,) float.
+    """
     pieces = [(piece, caption) for clip, caption in zip(clips, captions)
               for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
-    scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
-    if scores.shape != (len(pieces),) or not scores.is_floating_point():
-        raise BadInput(f"the reward returned {tuple(scores.shape)} {scores.dtype}: it must be one float per clip")
-    mean, deviation = scores.mean(), scores.std()
-    if not deviation > 1e-6:
-        raise BadInput(f"the reward is {mean:.3g} for every clip of the data: it can choose nothing, try another")
-    return lambda frames, captions: (reward(frames, captions) - mean) / deviation
-
-
-def find_reward(name):
-    """"motion", or "module:function" of the user's own: (frames (B, F, 3, H, W) uint8, captions) -> (B,)."""
-    if name == "motion":
-        return motion_reward
-    module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-        if callable(found):
-            return found
-        error = "not a function"
-    except Exception as reason:                                             # whatever the user's module raises
-        error = reason
-    raise BadInput(f"--reward {name} cannot be used ({error}): give motion, or module:function")
+        module, _, function = name.partition(":")
+        reward = motion_reward if name == "motion" else getattr(importlib.import_module(module), function)
+        scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
+        mean, deviation = scores.mean(), scores.std()
+        if scores.shape != (len(pieces),) or not deviation > 1e-6:
+            raise ValueError(f"{len(pieces)} clips gave {tuple(scores.shape)} numbers of deviation {deviation:.3g}")
+    except Exception as error:                                              # whatever the user's module raises
+        raise BadInput(f"--reward {name} cannot be used ({error}): give motion, or module:function")
+    return lambda frames, captions: (reward(frames, captions) - mean) / deviation
 
 
 def measure(frames, captions, cfg, first=None):
@@ -619,26 +621,26 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
     cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step
     alone carry them: its x0 is the training sample.
     """
-    noise = draw()
-    cache = cache or EMASinkCache(cfg, len(noise), noise.device, noise.dtype)
-    learn = exit_step is not None and torch.is_grad_enabled()
-    sigmas = torch.tensor(cfg.sigmas + [0.0], device=noise.device, dtype=noise.dtype)[:, None].expand(-1, len(noise))
+    xt, learn = draw(), exit_step is not None and torch.is_grad_enabled()
+    sigmas = torch.tensor(cfg.sigmas + [0.0], device=xt.device)[:, None].expand(-1, len(xt))
     levels = sigmas[:-1] if exit_step is None else sigmas[:exit_step + 1]
     with torch.set_grad_enabled(learn):
         prompt = student.embed_text(text)
+    cache = cache or EMASinkCache(cfg, len(xt), xt.device, prompt[0][0].dtype)
     for n in itertools.count() if chunks is None else range(chunks):
+        if n:                                                               # after chunk n - 1 was handed out: latency
+            with torch.no_grad():
+                student(x0.detach(), sigmas[-1], prompt, cache)
+            cache.append()
+            xt = draw()
         cache.make_room()
-        xt = draw() if n else noise
         for step, sigma in enumerate(levels):
             s = per_sample(sigma, xt)
             if step:
                 xt = add_noise(x0, draw(), s)
             with torch.set_grad_enabled(learn and step == exit_step):
                 x0 = recover_x0(xt, student(xt, sigma, prompt, cache), s)
-        yield x0                                                            # handed out before the cache pass: latency
-        with torch.no_grad():
-            student(x0.detach(), sigmas[-1], prompt, cache)
-        cache.append()
+        yield x0
 
 
 # ---------------------------------------------------------------------------------------------------------- Losses
@@ -651,10 +653,11 @@ def flow_matching_loss(model, x0, text, sigma, noise):
 critic_loss = flow_matching_loss    # the critic is a flow model of the student's samples; no reward weighs its loss
 
 
-def guided_x0(teacher, xt, sigma, text, null, guidance):
-    """The teacher's x0 with classifier-free guidance: cond + guidance (cond - uncond), text and null as features."""
-    both = teacher(xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), teacher.embed_text(torch.cat([text, null])))
-    cond, uncond = recover_x0(xt.repeat(2, 1, 1, 1, 1), both, per_sample(sigma.repeat(2), xt)).chunk(2)
+def guided_x0(teacher, xt, sigma, text, guidance):
+    """The teacher's x0 with classifier-free guidance, cond + guidance (cond - uncond); no text is all zeros."""
+    xt, sigma, text = xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), torch.cat([text, torch.zeros_like(text)])
+    velocity = teacher(xt, sigma, teacher.embed_text(text))
+    cond, uncond = recover_x0(xt, velocity, per_sample(sigma, xt)).chunk(2)
     return cond + guidance * (cond - uncond)
 
 
@@ -688,35 +691,31 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        shapes = {}
+        lr, shapes = self.param_groups[0]["lr"], {}
         for p in self.param_groups[0]["params"]:
             shapes.setdefault(p.shape, []).append(p)
         for (rows, cols), params in shapes.items():
             grad = torch.stack([p.grad for p in params])
-            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad))
-            momentum.lerp_(grad, 0.05)
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
             x = grad.lerp(momentum, 0.95)
             x = x.mT if rows > cols else x
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
             for _ in range(5):
                 gram = x @ x.mT
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-            lr = self.param_groups[0]["lr"]
             for p, direction in zip(params, x.mT if rows > cols else x):
                 p.mul_(1 - 0.01 * lr).sub_(direction, alpha=lr * max(1, rows / cols) ** 0.5)
 
 
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = set(matrices)
-    others = [p for p in model.parameters() if p not in chosen]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), weight_decay=0.01)]
 
 
 def update(model, optimizers, loss, max_norm):
     """One optimiser step down the gradient of loss, clipped to max_norm; returns the norm before clipping."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for optimizer in optimizers:
@@ -724,9 +723,9 @@ def update(model, optimizers, loss, max_norm):
     return norm.item()
 
 
-def seeded(*what):
+def seeded(*what, device="cpu"):
     """A generator whose noise depends on `what` alone: a step needs no history, so a resumed run repeats it exactly."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, what)).encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32("/".join(map(str, what)).encode()))
 
 
 def write_safely(path, write):
@@ -736,25 +735,23 @@ def write_safely(path, write):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
+def load_checkpoint(path, here=None, free=()):
+    """The checkpoint's dict, or None if there is no such file.
+
+    BadInput if it is damaged, or if its config is not `here` in all but the `free` fields, with what differs.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "config": state["config"]}                         # KeyError if it is another program's
+        there = state["config"]                                             # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
-        reason = str(error).split("\n")[0][:100]
-        raise BadInput(f"{path} is damaged or not a checkpoint ({reason}): delete it to train again")
-
-
-def refuse_other_config(path, state, here, free=()):
-    """BadInput that says what differs, unless the checkpoint's config is `here` in all but the `free` fields."""
-    there = state["config"]
-    differ = [f"{k}={there.get(k)} there and {here.get(k)} here" for k in {**there, **here}
-              if k not in free and there.get(k) != here.get(k)]
+        raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
+    differ = [f"{k}={there.get(k)} there and {v} here" for k, v in (here or there).items()
+              if k not in free and there.get(k) != v]
     if differ:
         raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
+    return state
 
 
 class Run:
@@ -766,24 +763,22 @@ class Run:
     def __init__(self, cfg, out, data, device):
         self.cfg, self.out, self.device = cfg, Path(out), device
         self.clips, self.captions = load_clips(data, cfg)
-        self.reward = normalised(find_reward(cfg.reward), self.clips, self.captions, cfg)
-        checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
-        self.path = self.out / "checkpoint.pt"
+        self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
+        self.reward = find_reward(cfg.reward, self.clips, self.captions, cfg)
+        self.text = WordText(cfg, self.captions)
+        self.text(self.captions)                                            # refuse a caption that is too long now
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").touch()
         except OSError as error:
             raise BadInput(f"--out {out} cannot be written ({error.strerror}): choose another folder")
-        self.state = load_checkpoint(self.path)
+        checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
         config = {**asdict(cfg), "data": checksum}
-        if self.state is None:
-            self.state = {"config": config, "models": {}, "seconds": {}, "log": [], "partial": None,
-                          "words": WordText.from_captions(cfg, self.captions).words,
-                          "codec": PatchCodec.fit(cfg, self.clips).state}
-        refuse_other_config(self.path, self.state, config)
-        self.codec, self.text = PatchCodec(cfg, self.state["codec"]), WordText(cfg, self.state["words"])
-        self.text(self.captions)                                            # refuse a caption that is too long now
-        self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
+        self.path = self.out / "checkpoint.pt"
+        self.state = load_checkpoint(self.path, config) or {
+            "config": config, "models": {}, "seconds": {}, "log": [], "partial": None, "words": self.text.words,
+            "codec": PatchCodec.fit(cfg, self.clips).state}
+        self.codec = PatchCodec(cfg, self.state["codec"])
         self.began = time.time()                                            # of the stage under way
 
     def save(self):
@@ -816,34 +811,34 @@ class Run:
 
         Goes on where the checkpoint stopped. FloatingPointError, naming the step, if a logged number is not finite.
         """
-        peak = [group["lr"] for o in optimizers for group in o.param_groups]
-        partial, start, before = self.state["partial"], 0, 0.0
+        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        partial, start = self.state["partial"], 0
         if partial and partial["stage"] == stage:
-            start, before = partial["step"], partial["seconds"]
+            start, self.began = partial["step"], time.time() - partial["seconds"]
             for name, model in models.items():
                 model.load_state_dict(partial["models"][name])
             for optimizer, saved in zip(optimizers, partial["optimizers"]):
                 optimizer.load_state_dict(saved)
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
-            for group, lr in zip((group for o in optimizers for group in o.param_groups), peak):
-                group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+            for group, peak in zip((group for optimizer in optimizers for group in optimizer.param_groups), peaks):
+                group["lr"] = peak * min(1, (step + 1) / 20) * (1 - step / steps)
             numbers = train_step(step, seeded(self.cfg.seed, stage, step))
-            if (step + 1) % max(1, steps // 20) == 0:
+            keep = (step + 1) % max(1, steps // 20) == 0                    # some 20 checkpoints a stage
+            if keep:
                 numbers["weights"] = sum(p.norm().item() for model in models.values() for p in model.parameters())
-            wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
-            if wrong:
+            if wrong := [name for name, number in numbers.items() if not math.isfinite(number)]:
                 raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
                                          "rate, or a larger beta, in another --out may help")
             if step % 10 == 0 or step == steps - 1:
                 bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
                 self.state["log"].append({"stage": stage, "step": step, **numbers})
-            if (step + 1) % max(1, steps // 20) == 0 and step + 1 < steps:  # some 20 checkpoints a stage
-                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": before + time.time() - self.began,
+            if keep and step + 1 < steps:
+                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": time.time() - self.began,
                                          "models": {name: model.state_dict() for name, model in models.items()},
-                                         "optimizers": [o.state_dict() for o in optimizers]}
+                                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
                 self.save()
         self.state["models"][stage] = {name: p.clone() for name, p in models[result].state_dict().items()}
-        self.state["seconds"][stage] = before + time.time() - self.began
+        self.state["seconds"][stage] = time.time() - self.began
         self.state["partial"], self.began = None, time.time()
         self.save()
 
@@ -871,7 +866,8 @@ def train_teacher(run):
 
 
 @torch.no_grad()
-def teacher_trajectory(teacher, noise, text, null, cfg):
+@torch.no_grad()
+def teacher_trajectory(teacher, noise, text, cfg):
     """The guided teacher's path from noise (B, F, C, h, w) to video: (B, steps + 1, F, C, h, w), clean frames last.
 
     sample_steps Euler steps; kept are the points at the student's sigmas.
@@ -881,7 +877,7 @@ def teacher_trajectory(teacher, noise, text, null, cfg):
     for i, (sigma, after) in enumerate(tqdm(list(zip(sigmas, sigmas[1:])), "teacher samples", leave=False)):
         if i % (cfg.sample_steps // cfg.steps) == 0:
             points.append(x)
-        x0 = guided_x0(teacher, x, torch.full((len(x),), sigma, device=x.device), text, null, cfg.guidance)
+        x0 = guided_x0(teacher, x, torch.full((len(x),), sigma, device=x.device), text, cfg.guidance)
         x = x0 + (x - x0) * after / sigma
     return torch.stack(points + [x], 1)
 
@@ -895,7 +891,7 @@ def train_ode(run):
     captions = [run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)]
     text = run.features(captions)
     noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
-    paths = teacher_trajectory(teacher, noise, text, torch.zeros_like(text), cfg).unflatten(2, (-1, cfg.chunk))
+    paths = teacher_trajectory(teacher, noise, text, cfg).unflatten(2, (-1, cfg.chunk))
     student = run.model("teacher", trainable=True)
     optimizers = make_optimizers(student, cfg.ode_lr)
     sigmas = torch.tensor(cfg.sigmas, device=run.device)
@@ -953,7 +949,7 @@ def train_student(run):
         with torch.no_grad():
             reward = run.reward(run.codec.decode(x), captions).to(run.device)
             xt = add_noise(x, run.noise(g, *x.shape[:2]), per_sample(sigma, x))
-            x0_real = guided_x0(teacher, xt, sigma, text, torch.zeros_like(text), cfg.guidance)
+            x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
             gradient = dmd_gradient(x, x0_real, x0_fake)
             weight = torch.exp(reward / cfg.beta)
@@ -971,69 +967,82 @@ def train_student(run):
 
 # ------------------------------------------------------------------------------------------------------- Streaming
 def stream(student, codec, text, cfg, captions, frames=None, seed=0):
-    """Yield decoded frames (B, L, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
+    """Yield decoded frames (B, F, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
 
-    codec and text as PatchCodec and WordText. BadInput if frames is not a multiple of the chunk.
+    codec and text as PatchCodec and WordText. BadInput if frames does not make whole chunks.
     """
-    if frames is not None:
-        multiple("frames", frames, "chunk", cfg.chunk)
-    generator, shape = seeded(seed, "stream"), (len(captions), cfg.chunk, *cfg.latent)
-    device = student.patch_embedding.weight.device
-    draw = lambda: torch.randn(shape, generator=generator).to(device)
-    for latents in rollout(student, text(captions).to(device), cfg, draw, frames and frames // cfg.chunk):
-        yield codec.decode(latents)
+    chunks, device = frames and cfg.chunks_in(frames), student.weight.device
+    generator, shape = seeded(seed, "stream", device=device), (len(captions), cfg.chunk, *cfg.latent)
+    draw = lambda: torch.randn(shape, generator=generator, device=device)
+    memory = {}                                                             # what the codec keeps of earlier frames
+    for latents in rollout(student, text(captions).to(device), cfg, draw, chunks):
+        yield codec.decode(latents, memory)
 
 
 def save_gif(path, videos, scale=3, columns=4):
-    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF of 16.7 frames per second."""
+    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF or WebP of 16.7 frames per second."""
     columns = min(columns, len(videos))
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
     frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2).permute(0, 2, 3, 1).cpu().numpy()
     images = [Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.NEAREST) for f in frames]
-    options = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": 60, "loop": 0}
+    options = {"format": path.suffix[1:], "save_all": True, "append_images": images[1:], "duration": 60, "loop": 0}
     write_safely(path, lambda p: images[0].save(p, **options))
 
 
-def save_report(path, rows, captions, scale=3, shown=4, frames=6):
+def save_mp4(path, chunks, fps=16):
+    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come; returns path."""
+    first = next(chunks)
+    size = f"{first.shape[4]}x{first.shape[3]}"
+    command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps),
+               "-i", "-", "-pix_fmt", "yuv420p", str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
+        for frames in itertools.chain([first], chunks):
+            ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    if ffmpeg.returncode:
+        raise BadInput(f"ffmpeg could not write {path}: see its message above")
+    return path
+
+
+def save_report(path, rows, captions, shown=4, frames=6, scale=3):
     """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` captions."""
-    picked = [round(i * (len(captions) - 1) / (shown - 1)) for i in range(shown)]
-    height, width = next(iter(rows.values())).shape[3:]
-    left, top, cell_h, cell_w = 110, 18, height * scale + 4, width * scale * frames + 8
-    page = Image.new("RGB", (left + cell_w * shown, top + cell_h * len(rows)), "white")
+    picked = torch.linspace(0, len(captions) - 1, shown).round().long()
+    lines = []
+    for videos in rows.values():
+        cells = videos[picked][:, torch.linspace(0, videos.shape[1] - 1, frames).round().long()]
+        cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # (shown, 3, height, frames)
+        lines.append(Image.fromarray(cells.permute(2, 0, 3, 1).flatten(1, 2).numpy()))
+        lines[-1] = lines[-1].resize((lines[-1].width * scale, lines[-1].height * scale), Image.NEAREST)
+    left, top, wide, high = 110, 18, lines[0].width, lines[0].height
+    page = Image.new("RGB", (left + wide, top + high * len(lines)), "white")
     pen = ImageDraw.Draw(page)
-    for x, b in enumerate(picked):
-        pen.text((left + x * cell_w, 3), captions[b], "black")
-    for y, (name, videos) in enumerate(rows.items()):
-        pen.text((4, top + y * cell_h + cell_h // 2 - 6), name, "black")
-        for x, b in enumerate(picked):
-            times = [round(i * (videos.shape[1] - 1) / (frames - 1)) for i in range(frames)]
-            cells = torch.cat([videos[b, t] for t in times], 2).permute(1, 2, 0).cpu().numpy()
-            picture = Image.fromarray(cells).resize((cell_w - 8, cell_h - 4), Image.NEAREST)
-            page.paste(picture, (left + x * cell_w, top + y * cell_h))
+    for i, caption in enumerate(picked):
+        pen.text((left + i * wide // shown, 3), captions[caption], "black")
+    for i, (name, line) in enumerate(zip(rows, lines)):
+        pen.text((4, top + i * high + high // 2 - 6), name, "black")
+        page.paste(line, (left, top + i * high))
     write_safely(path, lambda p: page.save(p, format="PNG"))
 
 
 @torch.no_grad()
-def report(run, repeats=4, frames=240, part=60):
+def report(run, frames, repeats=4, part=60):
     """Stage 4: sample every caption `repeats` times from teacher and students, stream every caption, measure, draw."""
-    cfg, prompts, began = run.cfg, run.prompts[:12], time.time()           # the toy has twelve
+    cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
     captions, text = prompts * repeats, run.features(prompts * repeats)
     noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
-    trajectory = teacher_trajectory(run.model("teacher"), noise, text, torch.zeros_like(text), cfg)
-    videos = {"teacher": run.codec.decode(trajectory[:, -1])}
+    videos = {"teacher": run.codec.decode(teacher_trajectory(run.model("teacher"), noise, text, cfg)[:, -1])}
     for name in ("ode", "student"):
         g = seeded(cfg.seed, "renoise")                                     # chunks start from the teacher's noise
         draws = (draw for start in noise.split(cfg.chunk, 1)
                  for draw in (start, *(run.noise(g, len(captions), cfg.chunk) for _ in range(cfg.steps - 1))))
         latents = rollout(run.model(name), text, cfg, draws.__next__, cfg.clip // cfg.chunk)
         videos[name] = run.codec.decode(torch.cat(list(latents), 1))
-    streaming = time.time()
     chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
-    streamed = torch.cat(list(tqdm(chunks, "stream", frames // cfg.chunk)), 1)
+    streaming = time.time()
+    streamed = torch.cat(list(tqdm(chunks, "stream", cfg.chunks_in(frames))), 1)
     streaming = time.time() - streaming
 
-    examples = {prompt: [clip for clip, c in zip(run.clips, run.captions) if c == prompt] for prompt in prompts}
-    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples.values()])
+    data = torch.stack([[clip for clip, c in zip(run.clips, run.captions) if c == prompt][0][:cfg.clip]
+                        for prompt in prompts])
     whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
     metrics = {"data": measure(whole, run.captions, cfg),
                **{name: measure(video, captions, cfg) for name, video in videos.items()},
@@ -1057,59 +1066,278 @@ def report(run, repeats=4, frames=240, part=60):
           f"of each. report.png, the GIFs and metrics.json are in {run.out}")
 
 
+# ------------------------------------------------------------------------------------------------------- Full size
+def load_weights(model, path):
+    """Give a model built on the meta device the weights in path, mapped from the file rather than copied.
+
+    path: a trainer's checkpoint (.pt: generator_ema, else generator, "model." before every name), or a Wan2.1 folder
+    of safetensors, one file or an index with shards. BadInput that names a missing, extra or misshapen tensor.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            load = need("safetensors.torch", "safetensors").load_file
+            index = next(path.glob("*.safetensors.index.json"), None)
+            names = set(json.loads(index.read_text())["weight_map"].values()) if index else path.glob("*.safetensors")
+            state = {name: tensor for file in names for name, tensor in load(path / Path(file).name).items()}
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            state = state[next(key for key in ("generator_ema", "generator") if key in state)]
+            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    except BadInput:
+        raise
+    except Exception as error:                                              # each format raises its own kinds
+        raise BadInput(f"--weights {path} cannot be read ({error!r}): give a trainer's .pt or a folder of safetensors")
+    want = model.state_dict()
+    wrong = [f"{name} is missing" for name in want if name not in state]
+    wrong += [f"{name} is not the model's" for name in state if name not in want]
+    wrong += [f"{name} is {tuple(state[name].shape)} and not {tuple(want[name].shape)}"
+              for name in want if name in state and state[name].shape != want[name].shape]
+    if wrong:
+        raise BadInput(f"--weights {path} does not fit, {len(wrong)} of {len(want)} tensors: {', '.join(wrong[:5])}")
+    model.load_state_dict(state, assign=True)
+
+
+def need(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"the full size needs {package} ({error}): pip install {package}")
+
+
+class WanText:
+    """UMT5-XXL, from the Diffusers folder of Wan2.1: loaded, used and freed in one call."""
+    def __init__(self, folder, cfg, device, dtype):
+        self.transformers, self.folder = need("transformers", "transformers"), Path(folder)
+        self.cfg, self.device, self.dtype = cfg, device, dtype
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Captions to (B, text_len, text_dim), zero where there is no token."""
+        tokenizer = self.transformers.AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        encoder = self.transformers.UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
+        tokens = tokenizer([" ".join(caption.split()) for caption in captions], return_tensors="pt", truncation=True,
+                           padding="max_length", max_length=self.cfg.text_len).to(self.device)
+        features = encoder.to(self.device).eval()(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return features * tokens.attention_mask[..., None]
+
+
+class WanCodec:
+    """Wan2.1's VAE, from its Diffusers folder; without a folder with random weights, which are as fast."""
+    def __init__(self, folder, device, dtype):
+        wan = need("diffusers", "diffusers").AutoencoderKLWan
+        vae = wan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if folder else wan().to(dtype)
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(numbers, device=device).view(-1, 1, 1)
+                               for numbers in (vae.config.latents_mean, vae.config.latents_std))
+
+    @torch.no_grad()
+    def decode(self, latents, memory):
+        """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at the start of a stream."""
+        return ((self.pixels(latents, memory) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def pixels(self, latents, memory):
+        """The same in [-1, 1]. The VAE is causal and decodes one latent frame at a time; memory carries its
+        convolutions' past from call to call, so that decoding chunk by chunk equals decoding the whole.
+        """
+        z = self.vae.post_quant_conv((latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype))
+        frames = []
+        for frame in z.split(1, 2):
+            first = not memory
+            if first:
+                self.vae.clear_cache()
+                memory["past"] = self.vae._feat_map
+            frames.append(self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first))
+        return torch.cat(frames, 2).transpose(1, 2).float().clamp(-1, 1)
+
+
+def clock(work, device, times=5):
+    """Median seconds of work()."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def fastest_attention(cfg, device, dtype):
+    """Of the attentions that plain PyTorch offers here the fastest on one layer's pass in a full window."""
+    q, k = (torch.randn(1, cfg.heads, frames * cfg.tokens, cfg.head_dim, device=device, dtype=dtype)
+            for frames in (cfg.chunk, cfg.window))
+    seconds = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                    SDPBackend.MATH):
+        if backend != SDPBackend.MATH or not seconds:                       # slow and large: only where nothing else is
+            with sdpa_kernel(backend), contextlib.suppress(RuntimeError):   # raised where a backend is not offered
+                seconds[backend] = clock(lambda: F.scaled_dot_product_attention(q, k, k), device)
+    return min(seconds, key=seconds.get)
+
+
+def pass_flops(cfg):
+    """Floating point operations of one pass in a full window, counted by PyTorch on shapes alone."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student, cache = VideoTransformer(cfg), EMASinkCache(cfg, 1, "meta")
+        cache.length = (cfg.window - cfg.chunk) * cfg.tokens
+        prompt = student.embed_text(torch.zeros(1, cfg.text_len, cfg.text_dim))
+        before = counter.get_total_flops()                                  # the prompt is once per stream
+        student(torch.zeros(1, cfg.chunk, *cfg.latent), torch.zeros(1), prompt, cache)
+        return counter.get_total_flops() - before
+
+
+@torch.no_grad()
+def bench(student, codec, cfg, chunks=20):
+    """Time rollouts with and without decoding; a dict of what --bench prints. Text is not encoded."""
+    device, dtype = student.weight.device, student.weight.dtype
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    text = torch.zeros(1, cfg.text_len, cfg.text_dim, device=device)
+    generator = seeded(cfg.seed, "bench", device=device)
+    draw = lambda: torch.randn(1, cfg.chunk, *cfg.latent, generator=generator, device=device)
+    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until the window is full
+
+    def timed(chunks, decode):                                              # seconds of every chunk
+        memory, seconds = {}, [time.perf_counter()]
+        for latents in rollout(student, text, cfg, draw, chunks):
+            if decode:
+                codec.decode(latents, memory)
+            sync()
+            seconds.append(time.perf_counter())
+        return np.diff(seconds)
+    first = timed(fill + 1, codec).sum()
+    again = timed(fill + 1, codec)                                          # warm now
+    steady = timed(fill + chunks, False)[fill:]
+    decoded = timed(fill + chunks, True)[fill:] if codec else None
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    roof = 2e-12 * n ** 3 / clock(lambda: a @ a, device.type, 20)
+    pace = (cfg.steps + 1) * pass_flops(cfg) / 1e12 / np.median(steady)
+    frames = cfg.chunk * cfg.time_stride
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"fps_transformer": frames / np.median(steady),
+            "fps_decoded": frames / np.median(decoded) if codec else None,
+            "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
+            "first_chunk_seconds": again[0], "chunk_seconds_median": np.median(steady),
+            "chunk_seconds_quartiles": np.quantile(steady, [0.25, 0.75]).tolist(), "chunks": chunks,
+            "compile_and_warm_up_seconds": first - again.sum(), "peak_memory_gb": peak / 1e9,
+            "tflop_per_pass": pass_flops(cfg) / 1e12, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
+            "fraction_of_matmul_rate": pace / roof}
+
+
 # ------------------------------------------------------------------------------------------------------------ Main
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+def parse(argv):
+    """(arguments, {config field: value given}); BadInput for a flag that does not exist, naming the nearest."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
 
     def refuse(message):
         raise BadInput(message)
     parser.error = refuse                                                   # one sentence instead of the usage text
     parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
     parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
+    parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
+    parser.add_argument("--full", action="store_true", help="with --stream or --bench: the 1.3B model, not the toy")
+    parser.add_argument("--preset", choices=PRESETS, default="toy", help="whose sizes --bench measures")
+    parser.add_argument("--weights", help="with --full: a trainer's .pt, or a Wan2.1 folder of safetensors")
+    parser.add_argument("--wan", help="with --full: Diffusers folder of Wan2.1-T2V-1.3B, for text encoder and VAE")
+    parser.add_argument("--compile", action="store_true", help="compile the student: slow to start, faster to run")
     parser.add_argument("--prompt", help="what to stream")
-    parser.add_argument("--frames", type=int, default=240, help="frames to stream")
+    parser.add_argument("--frames", type=int, help="video frames to stream [toy: 240, full: 81]")
     parser.add_argument("--out", default="out", help="folder of the checkpoint and of all that is written")
     parser.add_argument("--data", default=Path(__file__).parent / "tiny_data", help="folder of clips and captions.json")
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{helps[f.name]} [toy: {f.default}]")
-    return parser
-
-
-def parse(argv):
-    """(arguments, {config field: value given}); BadInput for a flag that does not exist, naming the nearest."""
-    parser = make_parser()
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=argparse.SUPPRESS,
+                            help=f"{helps[f.name]} [toy: {f.default}]")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+    args.preset = "full" if args.full else args.preset
+    args.frames = args.frames or (81 if args.full else 240)
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
-def stream_command(args, given, device):
-    """Stream args.prompt from the checkpoint in args.out; alpha, sink, window and seed may differ from training."""
+def open_toy(args, given, device, dtype):
+    """(student, codec, text, cfg) of the checkpoint in args.out; alpha, sink, window and seed may differ from training."""
     path = Path(args.out) / "checkpoint.pt"
     state = load_checkpoint(path)
     if state is None or "student" not in state["models"]:
         raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
-    known = {f.name: state["config"][f.name] for f in fields(Config) if f.name in state["config"]}
-    cfg = replace(Config(**known), **given)
-    refuse_other_config(path, state, asdict(cfg), free=("data", "alpha", "sink", "window", "seed"))
-    if "prompt" not in args:
-        raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
-    multiple("frames", args.frames, "chunk", cfg.chunk)
-    student = VideoTransformer(cfg).to(device).requires_grad_(False)
+    cfg = Config(**{f.name: state["config"][f.name] for f in fields(Config)} | given)
+    load_checkpoint(path, asdict(cfg), free=("alpha", "sink", "window", "seed"))
+    student = VideoTransformer(cfg)
     student.load_state_dict(state["models"]["student"])
-    codec, text = PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])
-    text([args.prompt])                                                     # an unknown word is refused before the bar
-    began = time.time()
-    chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
-    frames = torch.cat(list(tqdm(chunks, "stream", args.frames // cfg.chunk, unit="chunk")), 1)
-    seconds = time.time() - began
-    save_gif(path.with_name("stream.gif"), frames, scale=8)
-    print(f"{args.frames} frames in {seconds:.2f} s: {args.frames / seconds:.0f} frames per second. "
-          f"They are in {path.with_name('stream.gif')}")
+    return student.to(device), PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"]), cfg
+
+
+def open_full(args, given, device, dtype):
+    """The same of the full size; for --bench of any preset, with random weights where none are given."""
+    cfg = replace(PRESETS[args.preset], **given)
+    cfg.chunks_in(args.frames)
+    if args.stream and not (args.weights and args.wan):
+        raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
+    with torch.device("meta"):
+        student = VideoTransformer(cfg).to(dtype)
+    if args.weights:
+        load_weights(student, args.weights)
+    else:
+        student.to_empty(device=device)
+        for p in student.parameters():
+            nn.init.normal_(p, std=0.02)
+    try:
+        codec = (WanCodec(args.wan, device, dtype) if args.preset == "full"
+                 else PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]))
+    except OSError as error:
+        raise BadInput(f"--wan {args.wan} is not a Diffusers folder of Wan2.1 ({error})")
+    except BadInput:
+        if args.stream:
+            raise
+        codec = None                                                        # --bench says so
+    return student.to(device, dtype), codec, WanText(args.wan, cfg, device, dtype) if args.wan else None, cfg
+
+
+def stream_command(args, given, device, dtype):
+    """Stream args.prompt: the toy from the checkpoint in args.out, the full size from args.weights and args.wan."""
+    if not args.prompt:
+        raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
+    student, codec, text, cfg = (open_full if args.full else open_toy)(args, given, device, dtype)
+    total, features = cfg.chunks_in(args.frames), text([args.prompt])       # bad input is refused before the bar
+    chunks = stream(student, codec, lambda captions: features, cfg, [args.prompt], args.frames, cfg.seed)
+    began, seconds = time.time(), []
+
+    def clocked():
+        for frames in tqdm(chunks, "stream", total, unit="chunk"):
+            frames = frames.cpu()
+            seconds.append(time.time() - began)
+            yield frames
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.full and shutil.which("ffmpeg"):
+        path = save_mp4(out / "stream.mp4", clocked())
+    else:
+        path = out / ("stream.webp" if args.full else "stream.gif")
+        save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
+    print(f"{args.frames} frames in {seconds[-1]:.2f} s: {args.frames / seconds[-1]:.0f} frames per second, the first "
+          f"after {seconds[0]:.2f} s. They are in {path}")
+
+
+def bench_command(args, given, device, dtype):
+    student, codec, _, cfg = open_full(args, given, device, dtype)
+    if args.compile:
+        student.compile(fullgraph=True, dynamic=False)
+    backend = fastest_attention(cfg, device, dtype)
+    with sdpa_kernel(backend):
+        numbers = bench(student, codec, cfg)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    numbers = {"preset": args.preset, "device": name, "dtype": str(dtype), "torch": torch.__version__,
+               "attention": backend.name, "compiled": args.compile, **numbers}
+    text = json.dumps(numbers, indent=1, default=float)
+    print(text)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_safely(out / "bench.json", lambda p: p.write_text(text + "\n"))
 
 
 def main(argv=None):
@@ -1117,20 +1345,24 @@ def main(argv=None):
     try:
         args, given = parse(argv)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        print(f"device {device} ({torch.get_num_threads()} threads), float32, torch {torch.__version__}")
-        if "stream" in args:
-            stream_command(args, given, device)
-        elif "toy" in args:
+        dtype = torch.bfloat16 if args.preset == "full" and device == "cuda" else torch.float32
+        print(f"device {device} ({torch.get_num_threads()} threads), {dtype}, torch {torch.__version__}; config: the "
+              f"{args.preset} preset" + "".join(f", {k}={v}" for k, v in given.items()))
+        if args.stream:
+            stream_command(args, given, device, dtype)
+        elif args.bench:
+            bench_command(args, given, device, dtype)
+        elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
-            print("config: the toy preset" + "".join(f", {k}={v}" for k, v in given.items()))
-            multiple("frames", args.frames, "chunk", cfg.chunk)
+            cfg.chunks_in(args.frames)
             run = Run(cfg, args.out, args.data, device)
             for stage, train in (("teacher", train_teacher), ("ode", train_ode), ("student", train_student)):
                 if stage not in run.state["models"]:
                     train(run)
-            report(run, frames=args.frames)
+            report(run, args.frames)
         else:
-            raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint")
+            raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
+                           "--bench measures speed")
         return 0
     except (BadInput, FloatingPointError, KeyboardInterrupt) as error:
         reason = str(error) or "stopped; training goes on from the last checkpoint when the command is given again"
