@@ -90,6 +90,7 @@ class Config:
     heads: int = 8               # attention heads
     layers: int = 4              # transformer blocks
     freq_dim: int = 64           # sinusoids that encode the noise level
+    rope_base: float = 100.0     # RoPE's wavelengths run from 2 pi to 2 pi rope_base positions
     text_dim: int = 32           # features per text token; in the toy the largest number of different words
     text_len: int = 4            # text tokens, padding included
     channels: int = 16           # latent channels
@@ -122,6 +123,7 @@ class Config:
     student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    tilt: str = "student"        # what that weighs: the student's loss (Re-DMD), or, inverted, the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
     seed: int = 0                # of weights, batches and noise
@@ -144,8 +146,9 @@ class Config:
                  f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}"),
                 (self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
                  "3-D RoPE needs 6, try fewer --heads"),
-                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the numbers in a patch: "
-                 f"try {3 * self.stride ** 2}"),
+                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the {3 * self.stride ** 2} "
+                 f"numbers in a patch of {self.stride} x {self.stride} pixels"),
+                (self.tilt in ("student", "critic"), f"tilt={self.tilt} must be student or critic"),
                 *((0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
                   for k in ("alpha", "drop_caption", "ema")),
                 *((getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
@@ -173,7 +176,8 @@ def multiple(name, value, of, unit, extra=0):
 
 PRESETS = {
     "toy": Config(),
-    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, text_dim=4096, text_len=512, height=480,
+    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, rope_base=10000.0,
+                   text_dim=4096, text_len=512, height=480,
                    width=832, stride=8, time_stride=4, alpha=0.99, shift=5.0, clip=21, guidance=3.0),  # Wan2.1-T2V-1.3B
 }
 
@@ -279,14 +283,14 @@ class WordText:
 
 # ---------------------------------------------------------------------------------------------------------- Layers
 @functools.cache
-def rope_table(frames, rows, cols, head_dim, device="cpu"):
+def rope_table(frames, rows, cols, head_dim, base, device="cpu"):
     """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
 
     The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels).
     """
     band = 2 * (head_dim // 6)
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).double()
-    angles = [grid[:, axis, None] * 10000.0 ** -(torch.arange(0, size, 2).double() / size)
+    angles = [grid[:, axis, None] * base ** -(torch.arange(0, size, 2).double() / size)
               for axis, size in enumerate((head_dim - 2 * band, band, band))]
     angles = torch.cat(angles, 1)[:, None]
     return torch.stack([angles.cos(), angles.sin()]).float().to(device)
@@ -387,7 +391,7 @@ class EMASinkCache:
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
         # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
         self.window = [[kv.clone() for kv in layer] for layer in zeros(cfg.window).flatten(3, 4).unbind(1)]
-        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, device)
+        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, device)
         self.seen = 0                       # frames appended so far
         self.held = 0                       # of which in `recent`
         self.length = 0                     # tokens of context for the coming chunk
@@ -483,11 +487,12 @@ class VideoTransformer(nn.Module):
         """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
         time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
         modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
-        rope = rope_table(x.shape[1], self.cfg.rows, self.cfg.cols, self.cfg.head_dim, x.device) if not cache else None
+        cfg = self.cfg
+        rope = None if cache else rope_table(x.shape[1], cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, x.device)
         h = F.linear(patchify(x).to(self.weight.dtype), self.weight.flatten(1), self.patch_embedding.bias)
         for layer, block in enumerate(self.blocks):
             h = block(h, modulation, text[layer], rope, layer, cache)
-        return unpatchify(self.head(h, time), self.cfg.rows).type_as(x)
+        return unpatchify(self.head(h, time), cfg.rows).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------ Reward, measures
@@ -644,13 +649,23 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- Losses
-def flow_matching_loss(model, x0, text, sigma, noise):
-    """Mean squared error of the velocity, (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma (B,), text embedded."""
+def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0):
+    """Mean squared error of the velocity, weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,)."""
     velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
-    return (velocity - (noise - x0)).square().mean()
+    return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
 
 
-critic_loss = flow_matching_loss    # the critic is a flow model of the student's samples; no reward weighs its loss
+critic_loss = flow_matching_loss    # the critic is a flow model of the student's samples
+
+
+def critic_weight(reward, beta):
+    """exp(-reward / beta) for each sample (B,), of mean 1 over the batch: --tilt critic, which goes beyond the paper.
+
+    Where critic and teacher agree DMD's gradient is zero, however it is weighted: Re-DMD chooses what is mended first,
+    not where training ends. A critic trained with these weights models student * exp(-reward / beta); unweighted DMD
+    makes that equal to the teacher, so training ends at student = teacher * exp(reward / beta), the paper's own target.
+    """
+    return len(reward) * torch.softmax(-reward / beta, 0)
 
 
 def guided_x0(teacher, xt, sigma, text, guidance):
@@ -701,8 +716,8 @@ class Muon(torch.optim.Optimizer):
             x = x.mT if rows > cols else x
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
             for _ in range(5):
-                gram = x @ x.mT
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+                gram = x @ x.mT                             # x <- (3.4445 - 4.7750 gram + 2.0315 gram^2) x
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
             for p, direction in zip(params, x.mT if rows > cols else x):
                 p.mul_(1 - 0.01 * lr).sub_(direction, alpha=lr * max(1, rows / cols) ** 0.5)
 
@@ -915,7 +930,7 @@ def train_ode(run):
     run.train("ode", cfg.ode_steps, {"student": student}, optimizers, train_step, "student")
 
 
-def train_student(run):
+def train_student(run, watch=lambda step, average: None):
     """Stage 3: Re-DMD on the student's own rollouts. A critic, started from the teacher, learns what the student makes;
     the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
     cfg, teacher = run.cfg, run.model("teacher")
@@ -923,41 +938,40 @@ def train_student(run):
     average = run.model("ode")
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
+    loss_beta, critic_beta = (cfg.beta, math.inf) if cfg.tilt == "student" else (math.inf, cfg.beta)
 
     def sample(g):
-        """A batch of rollouts (B, F, C, h, w), all stopped at one random step, their captions and the cache."""
+        """A batch of rollouts (B, F, C, h, w), all stopped at one random step, their text, rewards and the cache."""
         captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
         exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
-        cache = EMASinkCache(cfg, cfg.distill_batch, run.device)
-        chunks = rollout(student, run.features(captions), cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
+        cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.features(captions)
+        chunks = rollout(student, text, cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
                          cfg.clip // cfg.chunk, exit_step, cache)
-        return torch.cat(list(chunks), 1), captions, cache
+        x = torch.cat(list(chunks), 1)
+        return x, text, run.reward(run.codec.decode(x.detach()), captions).to(run.device), cache
 
     def train_step(step, g):
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
-                x, captions, _ = sample(g)
-            text = critic.embed_text(run.features(captions))
-            sigma = run.noise_levels(g, len(x)).clamp(0.02, 0.98)
-            loss = critic_loss(critic, x, text, sigma, run.noise(g, *x.shape[:2]))
+                x, text, reward, _ = sample(g)
+            sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
+            loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, critic_weight(reward, critic_beta))
             update(critic, critic_optimizers, loss, 1.0)
             critic_losses.append(loss.item())
 
-        x, captions, cache = sample(g)
-        text, sigma = run.features(captions), run.noise_levels(g, len(x)).clamp(0.02, 0.98)
+        x, text, reward, cache = sample(g)
+        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
         with torch.no_grad():
-            reward = run.reward(run.codec.decode(x), captions).to(run.device)
-            xt = add_noise(x, run.noise(g, *x.shape[:2]), per_sample(sigma, x))
+            xt = add_noise(x, noise, per_sample(sigma, x))
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
-            gradient = dmd_gradient(x, x0_real, x0_fake)
-            weight = torch.exp(reward / cfg.beta)
-        loss = redmd_loss(x, gradient, reward, cfg.beta)
+        loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, loss_beta), torch.exp(reward / cfg.beta)
         norm = update(student, student_optimizers, loss, 10.0)
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
+        watch(step, average)
         return {"loss": loss.item(), "critic": sum(critic_losses) / cfg.critic_ratio, "reward": reward.mean().item(),
                 "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
                 "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
@@ -1260,7 +1274,7 @@ def parse(argv):
 
 
 def open_toy(args, given, device, dtype):
-    """(student, codec, text, cfg) of the checkpoint in args.out; alpha, sink, window and seed may differ from training."""
+    """(student, codec, text, cfg) of the checkpoint in args.out; alpha, sink, window, seed may differ from training."""
     path = Path(args.out) / "checkpoint.pt"
     state = load_checkpoint(path)
     if state is None or "student" not in state["models"]:

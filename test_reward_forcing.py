@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def test_every_config_field_is_a_flag_with_help():
 @pytest.mark.parametrize("change, mend", [
     ({"clip": 10}, "clip=10 is not a multiple of chunk=3: try 9 or 12"), ({"window": 5}, "--window 9"),
     ({"sink": -1}, "0 or more"), ({"chunk": 0}, "chunk=0 must be 1 or more"), ({"shift": 0.0}, "above 0"),
-    ({"channels": 64}, "try 48"), ({"freq_dim": 65}, "64 or 66"), ({"critic_ratio": 0}, "critic_ratio=0"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
+    ({"channels": 64}, "more than the 48"), ({"freq_dim": 65}, "64 or 66"), ({"critic_ratio": 0}, "critic_ratio=0"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
     ({"height": 20}, "try 16 or 24"), ({"sample_steps": 10}, "try 8 or 12"), ({"heads": 32}, "RoPE")])
 def test_impossible_config_is_refused_with_the_mend(change, mend):
     with pytest.raises(BadInput, match=mend.replace("(", ".")):
@@ -151,7 +153,7 @@ def test_patchify_feeds_the_embedding_as_a_convolution_would():
 
 
 def test_rope_scores_depend_on_relative_position_only():
-    table = rf.rope_table(9, 2, 3, 24).double()
+    table = rf.rope_table(9, 2, 3, 24, 100.0).double()
     q, k = torch.randn(2, 1, 18, 1, 24, dtype=torch.float64)
     score = lambda start: (rf.rotate(q, table[:, start:start + 18]) * rf.rotate(k, table[:, start + 6:start + 24])).sum(-1)
     assert torch.allclose(score(0), score(24), atol=1e-5) and not torch.allclose(score(0), (q * k).sum(-1), atol=1e-2)
@@ -178,10 +180,10 @@ def slow_rope(x, positions, cfg):
         for r in range(cfg.rows):
             for c in range(cfg.cols):
                 band = 2 * (D // 6)
-                tokens.append([f * 1e4 ** (-2 * i / (D - 2 * band)) for i in range((D - 2 * band) // 2)]
-                              + [p * 1e4 ** (-2 * i / band) for p in (r, c) for i in range(band // 2)])
+                tokens.append([f * cfg.rope_base ** (-2 * i / (D - 2 * band)) for i in range((D - 2 * band) // 2)]
+                              + [p * cfg.rope_base ** (-2 * i / band) for p in (r, c) for i in range(band // 2)])
     turn = torch.polar(torch.ones(len(tokens), 1, D // 2, dtype=torch.float64), torch.tensor(tokens, dtype=torch.float64)[:, None])
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2).type_as(x)
 
 
 def slow_pass(model, x, sigma, text, history):
@@ -341,7 +343,7 @@ def golden():
     cfg = replace(TOY, dim=n("dim"), ffn_dim=n("ffn_dim"), heads=n("num_heads"), layers=n("num_layers"), freq_dim=n("freq_dim"),
                   text_dim=n("text_dim"), text_len=n("text_len"), channels=n("in_dim"), height=n("height") * TOY.stride,
                   width=n("width") * TOY.stride, chunk=n("frames_per_chunk"), sink=n("sink_size"), window=n("local_attn_size"),
-                  alpha=float(arrays["cfg.alpha"]), guidance=float(arrays["cfg.guidance"]), shift=5.0)
+                  alpha=float(arrays["cfg.alpha"]), guidance=float(arrays["cfg.guidance"]), shift=5.0, rope_base=10000.0)
     model = VideoTransformer(cfg).requires_grad_(False)
     model.load_state_dict({k[3:]: v for k, v in arrays.items() if k.startswith("sd.")})
     return arrays, cfg, model
@@ -376,8 +378,8 @@ def test_golden_schedule(golden):
 
 def test_golden_rope_of_128_channels(golden):
     a, _, _ = golden
-    close(rf.rotate(a["rope128.x"], rf.rope_table(3, 2, 3, 128)), a["rope128.start0"], 2e-5)
-    close(rf.rotate(a["rope128.x"], rf.rope_table(9, 2, 3, 128)[:, 36:]), a["rope128.start6"], 2e-5)
+    close(rf.rotate(a["rope128.x"], rf.rope_table(3, 2, 3, 128, 10000.0)), a["rope128.start0"], 2e-5)
+    close(rf.rotate(a["rope128.x"], rf.rope_table(9, 2, 3, 128, 10000.0)[:, 36:]), a["rope128.start6"], 2e-5)
 
 
 def test_golden_time_embedding_and_bidirectional_forward(golden):
@@ -661,6 +663,185 @@ def test_toy_resumed_after_a_kill_in_every_stage_is_bitwise_equal(tmp_path, monk
     assert (tmp_path / "whole/log.jsonl").read_text() == (tmp_path / "killed/log.jsonl").read_text()
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["models"] for name in ("whole", "killed"))
     assert all(torch.equal(a[m][k], b[m][k]) for m in a for k in a[m])
+
+
+# ------------------------------------------------------------------------------------------------------- Full size
+def load_in_ci(name):
+    """The package; where it is missing the test is skipped, but never in CI."""
+    return __import__(name) if os.environ.get("CI") else pytest.importorskip(name)
+
+
+TINY_FULL = ["--full", "--dim", "24", "--ffn-dim", "32", "--heads", "2", "--layers", "2", "--text-dim", "16", "--text-len", "12",
+             "--height", "32", "--width", "48"]
+TINY_WAN = replace(PRESETS["full"], dim=24, ffn_dim=32, heads=2, layers=2, text_dim=16, text_len=12, height=32, width=48)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A Diffusers folder in Wan2.1's layout with tiny random parts, and a trainer's checkpoint."""
+    diffusers, transformers, tokenizers = load_in_ci("diffusers"), load_in_ci("transformers"), load_in_ci("tokenizers")
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    vae.save_pretrained(folder / "vae")
+    config = transformers.UMT5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "panda", "swims"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(folder / "tokenizer")
+    state = {"model." + name: p for name, p in random_model(TINY_WAN, torch.float32).state_dict().items()}
+    torch.save({"generator": {name: p + 1 for name, p in state.items()}, "generator_ema": state}, folder / "model.pt")
+    return folder
+
+
+def test_full_size_streams_with_a_text_encoder_and_a_vae(wan, tmp_path, capsys, monkeypatch):
+    freed, encoder = [], rf.WanText.__call__
+    monkeypatch.setattr(rf.WanText, "__call__", lambda self, captions: freed.append(captions) or encoder(self, captions))
+    args = [*TINY_FULL, "--weights", str(wan / "model.pt"), "--wan", str(wan), "--prompt", "a red  panda swims", "--out", str(tmp_path)]
+    assert rf.main(["--stream", "--frames", "33", *args]) == 0
+    film, = tmp_path.glob("stream.*")
+    assert freed == [["a red  panda swims"]] and str(film) in capsys.readouterr().out
+    if film.suffix == ".webp":
+        with Image.open(film) as image:
+            assert image.n_frames == 33 and image.size == (192, 128)    # enlarged for the eye
+    for change, words in ((["--frames", "34"], "33 or 45"), (["--wan", str(tmp_path)], "tmp"), (["--weights", str(tmp_path)], "tensors")):
+        assert rf.main(["--stream", *args, *change]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_text_features_are_the_encoders_and_zero_after_the_last_token(wan):
+    transformers = load_in_ci("transformers")
+    ours = rf.WanText(wan, TINY_WAN, "cpu", torch.float32)(["a red panda"])
+    encoder = transformers.UMT5EncoderModel.from_pretrained(wan / "text_encoder")
+    with torch.no_grad():
+        theirs = encoder(torch.tensor([[3, 4, 5]])).last_hidden_state
+    assert ours.shape == (1, 12, 16) and torch.allclose(ours[:, :3], theirs, atol=1e-5) and ours[:, 3:].abs().max() == 0
+
+
+def test_decoding_chunk_by_chunk_equals_decoding_the_whole(wan):
+    codec, memory = rf.WanCodec(wan, "cpu", torch.float32), {}
+    latents = torch.randn(1, 9, 16, 4, 6)
+    with torch.no_grad():
+        whole = codec.vae.decode((latents * codec.std + codec.mean).transpose(1, 2)).sample.transpose(1, 2)
+    parts = [codec.pixels(chunk, memory) for chunk in latents.split(3, 1)]
+    assert [part.shape[1] for part in parts] == [9, 12, 12] and parts[0].shape[2:] == (3, 32, 48)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+    forgetful = torch.cat([codec.pixels(chunk, {}) for chunk in latents.split(3, 1)], 1)
+    assert (forgetful[:, 9:18] - whole[:, 9:18]).abs().max() > 1e-2          # so the memory matters
+    assert codec.decode(latents, {}).dtype == torch.uint8
+
+
+def saved_layouts(folder, state):
+    """The checkpoint `state` in every layout that --weights takes."""
+    safetensors = load_in_ci("safetensors")
+    import safetensors.torch
+    prefixed, half = {"model." + name: p for name, p in state.items()}, len(state) // 2
+    torch.save({"generator": prefixed, "generator_ema": prefixed, "critic": {}}, folder / "ema.pt")
+    torch.save({"generator": prefixed}, folder / "trainer.pt")
+    (folder / "single").mkdir(), (folder / "shards").mkdir()
+    safetensors.torch.save_file(state, folder / "single" / "diffusion_pytorch_model.safetensors")
+    shards = {"a.safetensors": dict(list(state.items())[:half]), "b.safetensors": dict(list(state.items())[half:])}
+    for name, shard in shards.items():
+        safetensors.torch.save_file(shard, folder / "shards" / name)
+    index = {"weight_map": {key: name for name, shard in shards.items() for key in shard}}
+    (folder / "shards" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / name for name in ("ema.pt", "trainer.pt", "single", "shards")]
+
+
+def test_golden_weights_load_from_every_layout(golden, tmp_path):
+    a, cfg, model = golden
+    for path in saved_layouts(tmp_path, model.state_dict()):
+        with torch.device("meta"):
+            loaded = VideoTransformer(cfg)
+        rf.load_weights(loaded, path)
+        x, sigma = a["bidir.x"].transpose(1, 2), a["bidir.t"].double() / 1000
+        with torch.no_grad():
+            close(loaded(x, sigma, loaded.embed_text(a["ctx"])).transpose(1, 2), a["bidir.flow"], 2e-5)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(golden, tmp_path):
+    _, cfg, model = golden
+    whole = model.state_dict()
+    missing = {name: p for name, p in whole.items() if name != "blocks.0.ffn.2.weight"}
+    for state, message in ((missing, "blocks.0.ffn.2.weight is missing"), ({**whole, "surplus": torch.zeros(1)}, "surplus is not the model's"),
+                           ({**whole, "head.head.bias": torch.zeros(7)}, r"head.head.bias is \(7,\) and not")):
+        folder = tmp_path / str(len(state))
+        folder.mkdir(exist_ok=True)
+        for path in saved_layouts(Path(tempfile.mkdtemp(dir=folder)), state):
+            with torch.device("meta"):
+                empty = VideoTransformer(cfg)
+            with pytest.raises(BadInput, match=message):
+                rf.load_weights(empty, path)
+    for path in ("nowhere.pt", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(BadInput, match="does not fit|cannot be read"):
+            rf.load_weights(empty, tmp_path / path)
+
+
+def test_a_pass_of_the_full_size_is_24_teraflop():
+    assert abs(rf.pass_flops(PRESETS["full"]) / 1e12 - 24.26) < 0.005
+
+
+def test_a_compiled_pass_has_no_graph_break_and_no_graph_after_the_window_is_full():
+    model, graphs = random_model(SMALL, torch.float32), []
+    text = torch.randn(1, 3, SMALL.text_dim)
+    plain = torch.cat(list(rollout(model, text, SMALL, noise_of(SMALL, 1, torch.float32), 8)), 1)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    model.compile(fullgraph=True, dynamic=False, backend=count)              # fullgraph raises on a graph break
+    chunks, made = [], []
+    with torch.no_grad():
+        for chunk in rollout(model, text, SMALL, noise_of(SMALL, 1, torch.float32), 8):
+            chunks.append(chunk)
+            made.append(len(graphs))
+    assert (torch.cat(chunks, 1) - plain).abs().max() < 1e-5 * plain.abs().max() and made == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_a_pass_in_a_full_window_works_in_place_on_one_shape():
+    cache, model = EMASinkCache(SMALL, 1), random_model(SMALL, torch.float32)
+    places = set()
+    attend = cache.attend
+
+    def watched(layer, q, k, v):
+        q, k, v = attend(layer, q, k, v)
+        places.add((layer, k.data_ptr(), v.data_ptr(), k.shape[1], k.is_contiguous()))
+        return q, k, v
+    cache.attend = watched
+    steady = rollout(model, torch.zeros(1, 3, SMALL.text_dim), SMALL, noise_of(SMALL, 1, torch.float32), cache=cache)
+    for n, _ in zip(range(8), steady):
+        if n == 2:
+            places.clear()
+    assert len(places) == SMALL.layers and {length for *_, length, _ in places} == {SMALL.window * SMALL.tokens}
+
+
+def test_the_cache_is_faster_than_recomputing_the_window_and_gives_the_same(capsys):
+    cfg = replace(SMALL, dim=96, height=48, width=48)
+    model, text = random_model(cfg, torch.float32), torch.randn(1, 3, cfg.text_dim)
+    seconds = {"cached": [], "uncached": []}
+    for _ in range(3):
+        for name, make in (("cached", rollout), ("uncached", slow_rollout)):
+            began = time.perf_counter()
+            out = torch.cat(list(make(model, text, cfg, noise_of(cfg, 1, torch.float32), 8)), 1)
+            seconds[name].append(time.perf_counter() - began)
+            same = out if name == "cached" else same - out
+        assert same.abs().max() < 1e-4 * out.abs().max()
+    ratio = np.median(seconds["uncached"]) / np.median(seconds["cached"])
+    with capsys.disabled():
+        print(f" [uncached / cached: {ratio:.1f}]", end="")
+    assert ratio > 1
+
+
+def test_bench_measures_any_preset_and_writes_json(tmp_path, capsys):
+    small = ["--dim", "48", "--heads", "2", "--layers", "1", "--ffn-dim", "48"]
+    assert rf.main(["--bench", "--preset", "toy", *small, "--out", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "bench.json").read_text())
+    assert all(numbers[key] > 0 for key in ("fps_transformer", "fps_decoded", "first_chunk_seconds", "chunk_seconds_median", "peak_memory_gb",
+                                            "tflop_per_pass", "tflop_per_second", "matmul_tflop_per_second", "fraction_of_matmul_rate"))
+    assert numbers["chunks"] >= 20 and numbers["decoder"] == "PatchCodec" and numbers["attention"] and numbers["dtype"] == "torch.float32"
+    assert abs(numbers["fps_transformer"] - 3 / numbers["chunk_seconds_median"]) < 1e-6 * numbers["fps_transformer"]
 
 
 # ------------------------------------------------------------------------------------------------- The command line
