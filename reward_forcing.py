@@ -28,6 +28,7 @@ Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan
 """
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import importlib
@@ -146,8 +147,8 @@ class Config:
                  f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}"),
                 (self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
                  "3-D RoPE needs 6, try fewer --heads"),
-                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the {3 * self.stride ** 2} "
-                 f"numbers in a patch of {self.stride} x {self.stride} pixels"),
+                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the "
+                 f"{3 * self.stride ** 2} numbers in a patch of {self.stride} x {self.stride} pixels"),
                 (self.tilt in ("student", "critic"), f"tilt={self.tilt} must be student or critic"),
                 *((0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
                   for k in ("alpha", "drop_caption", "ema")),
@@ -1026,13 +1027,14 @@ def save_report(path, rows, captions, shown=4, frames=6, scale=3):
         cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # (shown, 3, height, frames)
         lines.append(Image.fromarray(cells.permute(2, 0, 3, 1).flatten(1, 2).numpy()))
         lines[-1] = lines[-1].resize((lines[-1].width * scale, lines[-1].height * scale), Image.NEAREST)
-    left, top, wide, high = 110, 18, lines[0].width, lines[0].height
+    left = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12
+    top, wide, high = 18, lines[0].width, lines[0].height
     page = Image.new("RGB", (left + wide, top + high * len(lines)), "white")
     pen = ImageDraw.Draw(page)
     for i, caption in enumerate(picked):
         pen.text((left + i * wide // shown, 3), captions[caption], "black")
     for i, (name, line) in enumerate(zip(rows, lines)):
-        pen.text((4, top + i * high + high // 2 - 6), name, "black")
+        pen.text((4, top + i * high + high // 2 - 6 * (1 + name.count("\n"))), name, "black")
         page.paste(line, (left, top + i * high))
     write_safely(path, lambda p: page.save(p, format="PNG"))
 
@@ -1078,6 +1080,133 @@ def report(run, frames, repeats=4, part=60):
         print(f"{label:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
     print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
           f"of each. report.png, the GIFs and metrics.json are in {run.out}")
+
+
+# -------------------------------------------------------------------------------------------------------- Ablation
+SINKS = {"none": {"sink": 0}, "static": {"alpha": 1.0}, "EMA": {}}
+LOSSES = {"DMD": {"beta": math.inf}, "Re-DMD": {}, "tilted critic": {"tilt": "critic"}}
+ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2)
+STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
+
+
+def interval(numbers):
+    """(mean, half of its 95 % confidence interval) over seeds, by Student's t."""
+    n = len(numbers)
+    return statistics.mean(numbers), STUDENT_T[n - 1] * statistics.stdev(numbers) / n ** 0.5 if n > 1 else math.inf
+
+
+def ablate(run, seeds, frames):
+    """Distil one ODE student with every loss and sink, and other betas, over seeds; stream each with its own sink.
+
+    Writes ablation.json (every student; one that is there is not trained again) and ablation.png, and prints means with
+    95 % intervals, and for each claim of the paper whether the interval of the paired difference excludes zero.
+    """
+    cfg, path = run.cfg, run.out / "ablation.json"
+    variants = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in ("DMD", "Re-DMD") for sink in SINKS}
+    variants["tilted critic, EMA"] = LOSSES["tilted critic"]
+    variants |= {f"beta {beta:g}": {"beta": beta} for beta in BETAS if beta not in (math.inf, cfg.beta)}
+    config = {k: v for k, v in run.state["config"].items() if k != "seed"}
+    done = json.loads(path.read_text()) if path.exists() else {"config": config, "frames": frames, "students": {}}
+    if done["config"] != json.loads(json.dumps(config)) or done["frames"] != frames:
+        raise BadInput(f"{path} was made with another config: delete it or choose another --out")
+
+    def watched(student, cfg, frames):
+        videos = torch.cat(list(stream(student, run.codec, run.text, cfg, run.prompts, frames, cfg.seed)), 1)
+        reward = run.reward(videos, run.prompts).mean().item()
+        return videos, {**measure(videos, run.prompts, cfg), "reward": reward}
+    jobs = [(name, seed) for seed in range(1, seeds + 1) for name in variants]   # seed 0 is the one to tune on
+    for name, seed in (bar := tqdm(jobs, "ablation")):
+        key, other = f"{name}, seed {seed}", copy.copy(run)
+        if key in done["students"]:
+            continue
+        bar.set_postfix_str(key)
+        other.cfg = replace(cfg, seed=seed, **variants[name])
+        other.out = run.out / "ablation"
+        other.out.mkdir(exist_ok=True)
+        other.path = other.out / "checkpoint.pt"
+        other.state = {**run.state, "models": dict(run.state["models"]), "seconds": {}, "log": [], "partial": None}
+        course = {}
+
+        def watch(step, average):
+            if (step + 1) % max(1, cfg.distill_steps // 4) == 0:
+                course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk)[1]["speed"]
+        train_student(other, watch)
+        student = other.model("student")
+        videos, numbers = watched(student, other.cfg, frames)
+        if name == "Re-DMD, EMA":
+            numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames)[1]["speed"]
+                                 for alpha in ALPHAS}
+        done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
+        write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1) + "\n"))
+        if seed == 1:
+            torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
+    students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] <= seeds]
+    save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants})
+
+
+def save_ablation(run, runs):
+    """Print the table and the claims, save the pictures. runs: {variant: [measures of a student, by seed]}."""
+    def column(name, measure):
+        return [student[measure] for student in runs[name]]
+
+    def differences(a, b, measure, scale=1.0):                              # paired: the same seed on both sides
+        return [x - scale * y for x, y in zip(column(a, measure), column(b, measure))]
+
+    def pooled(a, b, measure):                                              # over both losses, still one number a seed
+        return [statistics.mean(pair) for pair in zip(*(differences(f"{loss}, {a}", f"{loss}, {b}", measure)
+                                                        for loss in ("DMD", "Re-DMD")))]
+    names = ("speed", "reward", "copy", "drift", "colour", "shape")
+    cells = {name: {measure: interval(column(name, measure)) for measure in names} for name in runs}
+    print(f"{run.cfg.distill_steps} student steps, {len(runs['DMD, EMA'])} seeds: mean and 95 % interval")
+    print(" " * 20 + "".join(f"{measure:>16}" for measure in names))
+    for name, row in cells.items():
+        print(f"{name:20}" + "".join(f"{f'{mean:.3f} +- {half:.3f}':>16}" for mean, half in row.values()))
+    for claim, numbers, sign in (
+            ("EMA against static: speed is higher", pooled("EMA", "static", "speed"), 1),
+            ("EMA against static: copy is lower", pooled("EMA", "static", "copy"), -1),
+            ("EMA against none: drift is lower", pooled("EMA", "none", "drift"), -1),
+            ("Re-DMD against DMD: speed is higher", differences("Re-DMD, EMA", "DMD, EMA", "speed"), 1),
+            ("Re-DMD against DMD: speed is higher by 10 %", differences("Re-DMD, EMA", "DMD, EMA", "speed", 1.1), 1),
+            ("Re-DMD against DMD: shape is not 0.03 lower",
+             [d + 0.03 for d in differences("Re-DMD, EMA", "DMD, EMA", "shape")], 1),
+            ("tilted critic against DMD: speed is higher", differences("tilted critic, EMA", "DMD, EMA", "speed"), 1),
+            ("tilted critic against Re-DMD: speed is higher",
+             differences("tilted critic, EMA", "Re-DMD, EMA", "speed"), 1)):
+        mean, half = interval(numbers)
+        print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if sign * mean > half else 'not shown'}")
+
+    rows = {f"{name}\n" + "\n".join(f"{m} {cells[name][m][0]:.2f} +- {cells[name][m][1]:.2f}" for m in names[:4]):
+            torch.load(run.out / "ablation" / f"{name}.pt", weights_only=True) for name in runs}
+    save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
+    course = {name: {step: interval([student["course"][step] for student in runs[name]])
+                     for step in runs[name][0]["course"]} for name in ("DMD, EMA", "Re-DMD, EMA", "tilted critic, EMA")}
+    at = {math.inf: "DMD, EMA", run.cfg.beta: "Re-DMD, EMA"}
+    betas = {f"{beta:g}": cells[at.get(beta, f"beta {beta:g}")]["speed"] for beta in BETAS}
+    alphas = {alpha: interval([student["alphas"][alpha] for student in runs["Re-DMD, EMA"]])
+              for alpha in runs["Re-DMD, EMA"][0]["alphas"]}
+    save_curves(run.out / "ablation_curves.png", {"speed against alpha, Re-DMD students": {"": alphas},
+                                                  "speed against beta": {"": betas}, "speed against step": course})
+
+
+def save_curves(path, panels, width=330, height=220):
+    """One picture of small plots. panels: {title: {curve: {x label: (mean, half of its interval)}}}; x is in order."""
+    page = Image.new("RGB", (width * len(panels), height), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (title, curves) in enumerate(panels.items()):
+        pen.text((i * width + 40, 4), title, "black")
+        points = [mean for curve in curves.values() for mean, _ in curve.values()]
+        low, high = min(points) - 0.1, max(points) + 0.1
+        for colour, (name, curve) in zip(("black", "firebrick", "royalblue"), curves.items()):
+            xs = [i * width + 50 + j * (width - 90) // (len(curve) - 1) for j in range(len(curve))]
+            line = [(x, 30 + (high - mean) / (high - low) * (height - 70)) for x, (mean, _) in zip(xs, curve.values())]
+            pen.line(line, colour, 2)
+            for (x, y), (label, (mean, half)) in zip(line, curve.items()):
+                reach = min(half, 0.1) / (high - low) * (height - 70)
+                pen.line([(x, y - reach), (x, y + reach)], colour)
+                pen.text((x - 8, height - 30), str(label), "black")
+                pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
+            pen.text((i * width + 40, 16 + 10 * list(curves).index(name)), name, colour)
+    write_safely(path, lambda p: page.save(p, format="PNG"))
 
 
 # ------------------------------------------------------------------------------------------------------- Full size
@@ -1250,6 +1379,8 @@ def parse(argv):
     parser.error = refuse                                                   # one sentence instead of the usage text
     parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
     parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
+    parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of --ablate")
     parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
     parser.add_argument("--full", action="store_true", help="with --stream or --bench: the 1.3B model, not the toy")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="whose sizes --bench measures")
@@ -1370,10 +1501,11 @@ def main(argv=None):
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
             run = Run(cfg, args.out, args.data, device)
-            for stage, train in (("teacher", train_teacher), ("ode", train_ode), ("student", train_student)):
+            stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
+            for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
                 if stage not in run.state["models"]:
-                    train(run)
-            report(run, args.frames)
+                    stages[stage](run)
+            ablate(run, args.seeds, args.frames) if args.ablate else report(run, args.frames)
         else:
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
                            "--bench measures speed")
