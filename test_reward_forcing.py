@@ -328,6 +328,38 @@ def test_first_critic_loss_is_not_zero_and_vanishes_for_a_perfect_critic():
     assert rf.critic_loss(model, x0, model.embed_text(torch.zeros(2, 3, SMALL.text_dim)), sigma, noise) > 0.1
 
 
+def test_training_ends_at_the_teacher_however_the_student_is_weighted_and_at_the_tilted_teacher_if_the_critic_is(capsys):
+    """Particles move by DMD between two Gaussians, with the exact denoisers of teacher and critic; the reward is x."""
+    centres, spread, beta, bandwidth, count = torch.tensor([-1.0, 1.0]), 0.4, 1.0, 0.1, 400
+
+    def denoise(xt, sigma, centres, spread, weight):                        # E[x0 | xt], x0 a weighted mixture of Gaussians
+        variance = (1 - sigma) ** 2 * spread ** 2 + sigma ** 2
+        off = xt[:, None] - (1 - sigma) * centres
+        share = torch.softmax(weight.log() - off ** 2 / (2 * variance), 1)
+        return (share * (centres + (1 - sigma) * spread ** 2 / variance * off)).sum(1)
+
+    def trained(loss_beta, critic_beta, steps=600):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(count, 1, generator=g)
+        for step in range(steps):
+            reward, sigma = x[:, 0], torch.rand(1, generator=g).clamp(0.02, 0.98)
+            xt = rf.add_noise(x[:, 0], torch.randn(count, generator=g), sigma)
+            fake = denoise(xt, sigma, x[:, 0], bandwidth, rf.critic_weight(reward, critic_beta))
+            gradient = (fake - denoise(xt, sigma, centres, spread, torch.ones(2)))[:, None]
+            x.requires_grad_()
+            slope, = torch.autograd.grad(rf.redmd_loss(x, gradient, reward.detach(), loss_beta), x)
+            x = x.detach() - 0.1 * (1 - step / steps) * count * slope / torch.exp(reward.detach() / loss_beta).mean()
+        return x.mean().item(), (x > 0).float().mean().item()
+    tilted = torch.exp(centres / beta) / torch.exp(centres / beta).sum()    # teacher * exp(x / beta): masses of the two, whose
+    mean = (tilted * (centres + spread ** 2 / beta)).sum().item()           # centres move by spread^2 / beta
+    ends = {"DMD": trained(math.inf, math.inf), "Re-DMD": trained(beta, math.inf), "tilted critic": trained(math.inf, beta)}
+    with capsys.disabled():
+        print(" [mean, mass of the rewarded mode: " + ", ".join(f"{k} {m:.3f} {p:.3f}" for k, (m, p) in ends.items())
+              + f", teacher 0 0.5, tilted {mean:.3f} {tilted[1]:.3f}]", end="")
+    for name, (want_mean, want_mass) in {"DMD": (0, 0.5), "Re-DMD": (0, 0.5), "tilted critic": (mean, tilted[1])}.items():
+        assert abs(ends[name][0] - want_mean) < 0.05 and abs(ends[name][1] - want_mass) < 0.02, name
+
+
 # ------------------------------------------------------------- Golden: numbers recorded from the public implementation
 GOLDEN = Path(os.environ.get("REWARD_FORCING_GOLDEN", HERE / "tiny_data" / "golden.npz"))
 
