@@ -542,24 +542,24 @@ def shape_overlaps(mask, centre):
     return torch.stack([overlap(mask, (edge + 0.5).clamp(0, 1)) for edge in inside], -1)
 
 
-def motion_reward(frames, captions=None):
-    """(B,): how far the object travels, in px per frame, counting only clean motion. Any callable like this will do.
+def motion_reward(frames, captions=None, span=4):
+    """(B,): how far the object gets, in px per frame, counting only clean motion. Any callable like this will do.
 
-    Of two steps in a row a and b only (|a + b| - |a - b|) / 2 counts: the whole of a straight move, nothing of a
-    jitter or of jumps at random. It is multiplied by the overlap of each mask, moved along, with the next one: what
-    does not keep its form, flickers or breaks up earns nothing.
+    Over `span` frames: (net / span) (net / path) overlap^2, the mean over all starts. net is the straight distance, path
+    the way taken there, so jitter earns little; overlap is that of each mask, moved along, with the next one, so what
+    does not keep its form, flickers or breaks up earns little too.
     """
     mask, centre, _ = track(frames)
     step = centre[:, 1:] - centre[:, :-1]                                   # (B, F-1, 2)
-    a, b = step[:, :-1], step[:, 1:]
-    progress = ((a + b).norm(dim=-1) - (a - b).norm(dim=-1)).clamp_min(0) / 2
     size = torch.tensor([mask.shape[3], mask.shape[2]], device=mask.device)
     move = torch.eye(2, device=mask.device).expand(step.shape[0] * step.shape[1], 2, 2)
     move = torch.cat([move, (-2 * step / size).flatten(0, 1)[..., None]], 2)
     before = mask[:, :-1].flatten(0, 1)[:, None]
     moved = F.grid_sample(before, F.affine_grid(move, before.shape, align_corners=False), align_corners=False)
     same = overlap(moved[:, 0].unflatten(0, step.shape[:2]), mask[:, 1:])   # (B, F-1)
-    return (progress * same[:, :-1] * same[:, 1:]).mean(1)
+    same, path = (x.unfold(1, span, 1).mean(-1) for x in (same, step.norm(dim=-1)))       # (B, F-span), per frame
+    net = (centre[:, span:] - centre[:, :-span]).norm(dim=-1) / span
+    return (net ** 2 / path.clamp_min(1e-3) * same ** 2).mean(1)
 
 
 def find_reward(name, clips, captions, cfg):
@@ -715,7 +715,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
             x = grad.lerp(momentum, 0.95)
             x = x.mT if rows > cols else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
             for _ in range(5):
                 gram = x @ x.mT                             # x <- (3.4445 - 4.7750 gram + 2.0315 gram^2) x
                 x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -726,7 +726,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), weight_decay=0.01)]
+    # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
 
 def update(model, optimizers, loss, max_norm):
