@@ -1444,11 +1444,21 @@ def open_full(args, given, device, dtype):
     return student.to(device, dtype), codec, WanText(args.wan, cfg, device, dtype) if args.wan else None, cfg
 
 
+def open_student(args, given, device, dtype):
+    """The same and the attention to use; compiled if asked for. A pass in a full window has one shape, so one graph."""
+    student, codec, text, cfg = (open_toy if args.stream and not args.full else open_full)(args, given, device, dtype)
+    if args.compile:
+        student.compile(fullgraph=True, dynamic=False)
+    backend = fastest_attention(cfg, device, dtype)
+    print(f"attention {backend.name}{', compiled' if args.compile else ''}")
+    return student, codec, text, cfg, backend
+
+
 def stream_command(args, given, device, dtype):
     """Stream args.prompt: the toy from the checkpoint in args.out, the full size from args.weights and args.wan."""
     if not args.prompt:
         raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
-    student, codec, text, cfg = (open_full if args.full else open_toy)(args, given, device, dtype)
+    student, codec, text, cfg, backend = open_student(args, given, device, dtype)
     total, features = cfg.chunks_in(args.frames), text([args.prompt])       # bad input is refused before the bar
     chunks = stream(student, codec, lambda captions: features, cfg, [args.prompt], args.frames, cfg.seed)
     began, seconds = time.time(), []
@@ -1460,20 +1470,18 @@ def stream_command(args, given, device, dtype):
             yield frames
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if args.full and shutil.which("ffmpeg"):
-        path = save_mp4(out / "stream.mp4", clocked())
-    else:
-        path = out / ("stream.webp" if args.full else "stream.gif")
-        save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
+    with sdpa_kernel(backend):
+        if args.full and shutil.which("ffmpeg"):
+            path = save_mp4(out / "stream.mp4", clocked())
+        else:
+            path = out / ("stream.webp" if args.full else "stream.gif")
+            save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
     print(f"{args.frames} frames in {seconds[-1]:.2f} s: {args.frames / seconds[-1]:.0f} frames per second, the first "
           f"after {seconds[0]:.2f} s. They are in {path}")
 
 
 def bench_command(args, given, device, dtype):
-    student, codec, _, cfg = open_full(args, given, device, dtype)
-    if args.compile:
-        student.compile(fullgraph=True, dynamic=False)
-    backend = fastest_attention(cfg, device, dtype)
+    student, codec, _, cfg, backend = open_student(args, given, device, dtype)
     with sdpa_kernel(backend):
         numbers = bench(student, codec, cfg)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -731,12 +732,15 @@ def test_full_size_streams_with_a_text_encoder_and_a_vae(wan, tmp_path, capsys, 
     freed, encoder = [], rf.WanText.__call__
     monkeypatch.setattr(rf.WanText, "__call__", lambda self, captions: freed.append(captions) or encoder(self, captions))
     args = [*TINY_FULL, "--weights", str(wan / "model.pt"), "--wan", str(wan), "--prompt", "a red  panda swims", "--out", str(tmp_path)]
+    if shutil.which("ffmpeg"):
+        assert rf.main(["--stream", "--frames", "33", *args]) == 0
+        assert (tmp_path / "stream.mp4").stat().st_size > 500 and str(tmp_path / "stream.mp4") in capsys.readouterr().out
+    monkeypatch.setattr(rf.shutil, "which", lambda name: None)
+    freed.clear()
     assert rf.main(["--stream", "--frames", "33", *args]) == 0
-    film, = tmp_path.glob("stream.*")
-    assert freed == [["a red  panda swims"]] and str(film) in capsys.readouterr().out
-    if film.suffix == ".webp":
-        with Image.open(film) as image:
-            assert image.n_frames == 33 and image.size == (192, 128)    # enlarged for the eye
+    assert freed == [["a red  panda swims"]] and str(tmp_path / "stream.webp") in capsys.readouterr().out
+    with Image.open(tmp_path / "stream.webp") as image:
+        assert image.n_frames == 33 and image.size == (192, 128)            # enlarged for the eye
     for change, words in ((["--frames", "34"], "33 or 45"), (["--wan", str(tmp_path)], "tmp"), (["--weights", str(tmp_path)], "tensors")):
         assert rf.main(["--stream", *args, *change]) == 2
         assert words in capsys.readouterr().err
@@ -813,6 +817,14 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, tmp_path):
 
 def test_a_pass_of_the_full_size_is_24_teraflop():
     assert abs(rf.pass_flops(PRESETS["full"]) / 1e12 - 24.26) < 0.005
+
+
+def test_a_stream_of_the_full_size_never_asks_the_device_for_a_value():
+    cfg = PRESETS["full"]
+    with torch.device("meta"):                                               # there, a host synchronisation is an error
+        model, draw = VideoTransformer(cfg), lambda: torch.empty(1, cfg.chunk, *cfg.latent)
+        stream = rollout(model, torch.empty(1, cfg.text_len, cfg.text_dim), cfg, draw, 5)
+        assert [chunk.shape for chunk in stream] == [(1, 3, 16, 60, 104)] * 5
 
 
 def test_a_compiled_pass_has_no_graph_break_and_no_graph_after_the_window_is_full():
