@@ -118,12 +118,12 @@ class Config:
     ode_steps: int = 120         # training steps of that regression
     ode_batch: int = 16          # clips per regression step
     ode_lr: float = 0.02         # see teacher_lr
-    distill_steps: int = 40      # student steps of Re-DMD
+    distill_steps: int = 60      # student steps of Re-DMD
     distill_batch: int = 16      # rollouts per student or critic step
-    critic_ratio: int = 3        # critic steps per student step
+    critic_ratio: int = 2        # critic steps per student step
     student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
-    beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    beta: float = 0.1            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     tilt: str = "student"        # what that weighs: the student's loss (Re-DMD), or, inverted, the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
@@ -179,7 +179,7 @@ PRESETS = {
     "toy": Config(),
     "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, rope_base=10000.0,
                    text_dim=4096, text_len=512, height=480,
-                   width=832, stride=8, time_stride=4, alpha=0.99, shift=5.0, clip=21, guidance=3.0),  # Wan2.1-T2V-1.3B
+                   width=832, stride=8, time_stride=4, alpha=0.99, shift=5.0, clip=21, guidance=3.0, beta=0.5),  # Wan2.1-T2V-1.3B
 }
 
 
@@ -545,9 +545,9 @@ def shape_overlaps(mask, centre):
 def motion_reward(frames, captions=None, span=4):
     """(B,): how far the object gets, in px per frame, counting only clean motion. Any callable like this will do.
 
-    Over `span` frames: (net / span) (net / path) overlap^2, the mean over all starts. net is the straight distance, path
-    the way taken there, so jitter earns little; overlap is that of each mask, moved along, with the next one, so what
-    does not keep its form, flickers or breaks up earns little too.
+    Over `span` frames: (net / span) (net / path) overlap^2, the mean over all starts. net is the straight distance,
+    path the way taken there, so jitter earns little; overlap is that of each mask, moved along, with the next one, so
+    what does not keep its form, flickers or breaks up earns little too.
     """
     mask, centre, _ = track(frames)
     step = centre[:, 1:] - centre[:, :-1]                                   # (B, F-1, 2)
@@ -1086,7 +1086,7 @@ def report(run, frames, repeats=4, part=60):
 # -------------------------------------------------------------------------------------------------------- Ablation
 SINKS = {"none": {"sink": 0}, "static": {"alpha": 1.0}, "EMA": {}}
 LOSSES = {"DMD": {"beta": math.inf}, "Re-DMD": {}, "tilted critic": {"tilt": "critic"}}
-ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2)
+ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2, 0.1)
 STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
 
 
@@ -1097,7 +1097,7 @@ def interval(numbers):
 
 
 def ablate(run, seeds, frames):
-    """Distil one ODE student with every loss and sink, and other betas, over seeds; stream each with its own sink.
+    """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
 
     Writes ablation.json (every student; one that is there is not trained again) and ablation.png, and prints means with
     95 % intervals, and for each claim of the paper whether the interval of the paired difference excludes zero.
@@ -1105,7 +1105,7 @@ def ablate(run, seeds, frames):
     cfg, path = run.cfg, run.out / "ablation.json"
     variants = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in ("DMD", "Re-DMD") for sink in SINKS}
     variants["tilted critic, EMA"] = LOSSES["tilted critic"]
-    variants |= {f"beta {beta:g}": {"beta": beta} for beta in BETAS if beta not in (math.inf, cfg.beta)}
+    betas = {f"beta {beta:g}": {"beta": beta} for beta in BETAS if beta not in (math.inf, cfg.beta)}
     config = {k: v for k, v in run.state["config"].items() if k != "seed"}
     done = json.loads(path.read_text()) if path.exists() else {"config": config, "frames": frames, "students": {}}
     if done["config"] != json.loads(json.dumps(config)) or done["frames"] != frames:
@@ -1115,13 +1115,13 @@ def ablate(run, seeds, frames):
         videos = torch.cat(list(stream(student, run.codec, run.text, cfg, run.prompts, frames, cfg.seed)), 1)
         reward = run.reward(videos, run.prompts).mean().item()
         return videos, {**measure(videos, run.prompts, cfg), "reward": reward}
-    jobs = [(name, seed) for seed in range(1, seeds + 1) for name in variants]   # seed 0 is the one to tune on
+    jobs = [(name, 1) for name in betas] + [(name, seed) for seed in range(1, seeds + 1) for name in variants]
     for name, seed in (bar := tqdm(jobs, "ablation")):
         key, other = f"{name}, seed {seed}", copy.copy(run)
         if key in done["students"]:
             continue
         bar.set_postfix_str(key)
-        other.cfg = replace(cfg, seed=seed, **variants[name])
+        other.cfg = replace(cfg, seed=seed, **(variants | betas)[name])
         other.out = run.out / "ablation"
         other.out.mkdir(exist_ok=True)
         other.path = other.out / "checkpoint.pt"
@@ -1129,7 +1129,7 @@ def ablate(run, seeds, frames):
         course = {}
 
         def watch(step, average):
-            if (step + 1) % max(1, cfg.distill_steps // 4) == 0:
+            if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
                 course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk)[1]["speed"]
         train_student(other, watch)
         student = other.model("student")
@@ -1142,11 +1142,15 @@ def ablate(run, seeds, frames):
         if seed == 1:
             torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
     students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] <= seeds]
-    save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants})
+    save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants},
+                  {student["variant"]: student["speed"] for student in students if student["variant"] in betas})
 
 
-def save_ablation(run, runs):
-    """Print the table and the claims, save the pictures. runs: {variant: [measures of a student, by seed]}."""
+def save_ablation(run, runs, betas):
+    """Print the table and the claims, save the pictures.
+
+    runs: {variant: [measures of a student, by seed]}; betas: {"beta x": speed of the student of seed 1}.
+    """
     def column(name, measure):
         return [student[measure] for student in runs[name]]
 
@@ -1181,12 +1185,12 @@ def save_ablation(run, runs):
     save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
     course = {name: {step: interval([student["course"][step] for student in runs[name]])
                      for step in runs[name][0]["course"]} for name in ("DMD, EMA", "Re-DMD, EMA", "tilted critic, EMA")}
-    at = {math.inf: "DMD, EMA", run.cfg.beta: "Re-DMD, EMA"}
-    betas = {f"{beta:g}": cells[at.get(beta, f"beta {beta:g}")]["speed"] for beta in BETAS}
+    betas |= {"beta inf": column("DMD, EMA", "speed")[0], f"beta {run.cfg.beta:g}": column("Re-DMD, EMA", "speed")[0]}
+    betas = {f"{beta:g}": (betas[f"beta {beta:g}"], 0) for beta in BETAS if f"beta {beta:g}" in betas}
     alphas = {alpha: interval([student["alphas"][alpha] for student in runs["Re-DMD, EMA"]])
               for alpha in runs["Re-DMD, EMA"][0]["alphas"]}
-    save_curves(run.out / "ablation_curves.png", {"speed against alpha, Re-DMD students": {"": alphas},
-                                                  "speed against beta": {"": betas}, "speed against step": course})
+    save_curves(run.out / "ablation_curves.png", {
+        "speed against alpha, Re-DMD": {"": alphas}, "speed against beta, seed 1": {"": betas}, "against step": course})
 
 
 def save_curves(path, panels, width=330, height=220):
