@@ -10,7 +10,8 @@ causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made 
     EMA-Sink  frames that leave the attention window are folded into the oldest ones, the *sink*, by an exponential
               moving average:  sink <- alpha sink + (1 - alpha) leaving    -> class EMASinkCache
     Re-DMD    distribution matching distillation, each sample weighted by how well it moves:
-              grad = exp(reward / beta) (x0_critic - x0_teacher) / mean|x - x0_teacher|   -> dmd_gradient, redmd_loss
+              grad = exp(reward / beta) (x0_fake - x0_real) / mean|x - x0_real|, x0_real being what the teacher makes
+              of a noised sample x and x0_fake what a critic makes of it    -> dmd_gradient, redmd_loss
 
     python reward_forcing.py --toy                                      # train teacher and student, stream, report
     python reward_forcing.py --stream --prompt "a red circle" --frames 240
@@ -31,14 +32,13 @@ import contextlib
 import copy
 import difflib
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -124,7 +124,7 @@ class Config:
     student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.1            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
-    tilt: str = "student"        # what that weighs: the student's loss (Re-DMD), or, inverted, the critic's
+    tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
     seed: int = 0                # of weights, batches and noise
@@ -153,7 +153,7 @@ class Config:
                 *((0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
                   for k in ("alpha", "drop_caption", "ema")),
                 *((getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
-                  for k in ("beta", "shift"))):
+                  for k in ("beta", "shift", "rope_base", "teacher_lr", "ode_lr", "student_lr", "critic_lr"))):
             if not fits:
                 raise BadInput(wrong)
 
@@ -178,8 +178,8 @@ def multiple(name, value, of, unit, extra=0):
 PRESETS = {
     "toy": Config(),
     "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, rope_base=10000.0,
-                   text_dim=4096, text_len=512, height=480,
-                   width=832, stride=8, time_stride=4, alpha=0.99, shift=5.0, clip=21, guidance=3.0, beta=0.5),  # Wan2.1-T2V-1.3B
+                   text_dim=4096, text_len=512, height=480, width=832, stride=8, time_stride=4,
+                   alpha=0.99, shift=5.0, clip=21, guidance=3.0, beta=0.5),                     # Wan2.1-T2V-1.3B
 }
 
 
@@ -228,6 +228,8 @@ class PatchCodec:
     """
     def __init__(self, cfg, state):
         self.stride, self.state = cfg.stride, state
+        if cfg.time_stride != 1:
+            raise BadInput(f"time_stride={cfg.time_stride} is for the VAE of the full size: try --time-stride 1")
 
     @classmethod
     def fit(cls, cfg, clips):
@@ -348,7 +350,7 @@ class Block(nn.Module):
             self.modulation[:, [2, 5]] += 0.3                               # gates: start with open branches
 
     def forward(self, x, time, text, rope, layer, cache):
-        """x (B, F, N, dim); time (B, F or 1, 6, dim); text: this layer's cross-attention key and value."""
+        """x (B, F, N, dim); time (B, 1, 6, dim); text: this layer's cross-attention key and value."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(3)
         h = modulated_norm(x, shift1, scale1).flatten(1, 2)                               # (B, F*N, dim)
         q, (k, v) = self.self_attn.query(h), self.self_attn.key_value(h)
@@ -565,7 +567,7 @@ def motion_reward(frames, captions=None, span=4):
 def find_reward(name, clips, captions, cfg):
     """The reward called `name`, shifted and scaled to mean 0 and deviation 1 over the data's training clips.
 
-    "motion", or "module:function" of the user's own: (frames (B, F, 3, H, W) uint8, captions) -> (B,) float.
+    "motion", or "module:function" of the user's own: (frames (B, F, 3, height, width) uint8, captions) -> (B,).
     """
     pieces = [(piece, caption) for clip, caption in zip(clips, captions)
               for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
@@ -651,7 +653,10 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
 # ---------------------------------------------------------------------------------------------------------- Losses
 def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0):
-    """Mean squared error of the velocity, weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,)."""
+    """Mean squared error of the velocity, weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,).
+
+    text is what model.embed_text made of it.
+    """
     velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
     return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
 
@@ -725,7 +730,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    others = [p for p in model.parameters() if p not in set(matrices)]
     # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
@@ -750,6 +755,17 @@ def write_safely(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def writable(folder):
+    """The folder as a Path, made if need be. BadInput if nothing can be written there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_safely(Path(folder) / ".writable", Path.touch)
+        (Path(folder) / ".writable").unlink()
+    except OSError as error:
+        raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
+    return Path(folder)
 
 
 def load_checkpoint(path, here=None, free=()):
@@ -784,11 +800,6 @@ class Run:
         self.reward = find_reward(cfg.reward, self.clips, self.captions, cfg)
         self.text = WordText(cfg, self.captions)
         self.text(self.captions)                                            # refuse a caption that is too long now
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "log.jsonl").touch()
-        except OSError as error:
-            raise BadInput(f"--out {out} cannot be written ({error.strerror}): choose another folder")
         checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
         config = {**asdict(cfg), "data": checksum}
         self.path = self.out / "checkpoint.pt"
@@ -883,7 +894,6 @@ def train_teacher(run):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def teacher_trajectory(teacher, noise, text, cfg):
     """The guided teacher's path from noise (B, F, C, h, w) to video: (B, steps + 1, F, C, h, w), clean frames last.
 
@@ -943,27 +953,26 @@ def train_student(run, watch=lambda step, average: None):
     loss_beta, critic_beta = (cfg.beta, math.inf) if cfg.tilt == "student" else (math.inf, cfg.beta)
 
     def sample(g):
-        """A batch of rollouts (B, F, C, h, w), all stopped at one random step, their text, rewards and the cache."""
+        """Rollouts x (B, F, C, h, w), all stopped at one random step; their text, noise, rewards (B,) and the cache."""
         captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
         exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
         cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.features(captions)
         chunks = rollout(student, text, cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
                          cfg.clip // cfg.chunk, exit_step, cache)
         x = torch.cat(list(chunks), 1)
-        return x, text, run.reward(run.codec.decode(x.detach()), captions).to(run.device), cache
+        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
+        return x, text, sigma, noise, run.reward(run.codec.decode(x.detach()), captions).to(run.device), cache
 
     def train_step(step, g):
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
-                x, text, reward, _ = sample(g)
-            sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
+                x, text, sigma, noise, reward, _ = sample(g)
             loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, critic_weight(reward, critic_beta))
             update(critic, critic_optimizers, loss, 1.0)
             critic_losses.append(loss.item())
 
-        x, text, reward, cache = sample(g)
-        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
+        x, text, sigma, noise, reward, cache = sample(g)
         with torch.no_grad():
             xt = add_noise(x, noise, per_sample(sigma, x))
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
@@ -1011,7 +1020,7 @@ def save_mp4(path, chunks, fps=16):
     size = f"{first.shape[4]}x{first.shape[3]}"
     command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps),
                "-i", "-", "-pix_fmt", "yuv420p", str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
+    with contextlib.suppress(BrokenPipeError), subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
         for frames in itertools.chain([first], chunks):
             ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     if ffmpeg.returncode:
@@ -1058,8 +1067,8 @@ def report(run, frames, repeats=4, part=60):
     streamed = torch.cat(list(tqdm(chunks, "stream", cfg.chunks_in(frames))), 1)
     streaming = time.time() - streaming
 
-    data = torch.stack([[clip for clip, c in zip(run.clips, run.captions) if c == prompt][0][:cfg.clip]
-                        for prompt in prompts])
+    data = [[clip[:cfg.clip] for clip, caption in zip(run.clips, run.captions) if caption == prompt] for prompt in prompts]
+    data = torch.stack([clips[len(clips) // 2] for clips in data])
     whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
     metrics = {"data": measure(whole, run.captions, cfg),
                **{name: measure(video, captions, cfg) for name, video in videos.items()},
@@ -1085,7 +1094,8 @@ def report(run, frames, repeats=4, part=60):
 
 # -------------------------------------------------------------------------------------------------------- Ablation
 SINKS = {"none": {"sink": 0}, "static": {"alpha": 1.0}, "EMA": {}}
-LOSSES = {"DMD": {"beta": math.inf}, "Re-DMD": {}, "tilted critic": {"tilt": "critic"}}
+LOSSES = {"DMD": {"tilt": "student", "beta": math.inf}, "Re-DMD": {"tilt": "student"},
+          "tilted critic": {"tilt": "critic"}}
 ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2, 0.1)
 STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
 
@@ -1103,9 +1113,11 @@ def ablate(run, seeds, frames):
     95 % intervals, and for each claim of the paper whether the interval of the paired difference excludes zero.
     """
     cfg, path = run.cfg, run.out / "ablation.json"
+    if not 1 <= seeds <= len(STUDENT_T) or cfg.beta == math.inf:
+        raise BadInput(f"--seeds {seeds} or --beta {cfg.beta:g} does not suit --ablate: try 3 seeds and a finite beta")
     variants = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in ("DMD", "Re-DMD") for sink in SINKS}
     variants["tilted critic, EMA"] = LOSSES["tilted critic"]
-    betas = {f"beta {beta:g}": {"beta": beta} for beta in BETAS if beta not in (math.inf, cfg.beta)}
+    betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
     config = {k: v for k, v in run.state["config"].items() if k != "seed"}
     done = json.loads(path.read_text()) if path.exists() else {"config": config, "frames": frames, "students": {}}
     if done["config"] != json.loads(json.dumps(config)) or done["frames"] != frames:
@@ -1137,10 +1149,10 @@ def ablate(run, seeds, frames):
         if name == "Re-DMD, EMA":
             numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames)[1]["speed"]
                                  for alpha in ALPHAS}
+        if seed == 1:                                                       # for the picture
+            torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
         done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
         write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1) + "\n"))
-        if seed == 1:
-            torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
     students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] <= seeds]
     save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants},
                   {student["variant"]: student["speed"] for student in students if student["variant"] in betas})
@@ -1160,7 +1172,8 @@ def save_ablation(run, runs, betas):
     def pooled(a, b, measure):                                              # over both losses, still one number a seed
         return [statistics.mean(pair) for pair in zip(*(differences(f"{loss}, {a}", f"{loss}, {b}", measure)
                                                         for loss in ("DMD", "Re-DMD")))]
-    names = ("speed", "reward", "copy", "drift", "colour", "shape")
+    names = [measure for measure in ("speed", "reward", "copy", "drift", "colour", "shape")
+             if None not in column("DMD, EMA", measure)]
     cells = {name: {measure: interval(column(name, measure)) for measure in names} for name in runs}
     print(f"{run.cfg.distill_steps} student steps, {len(runs['DMD, EMA'])} seeds: mean and 95 % interval")
     print(" " * 20 + "".join(f"{measure:>16}" for measure in names))
@@ -1230,7 +1243,7 @@ def load_weights(model, path):
             state = {name: tensor for file in names for name, tensor in load(path / Path(file).name).items()}
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            state = state[next(key for key in ("generator_ema", "generator") if key in state)]
+            state = state["generator_ema" if "generator_ema" in state else "generator"]
             state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     except BadInput:
         raise
@@ -1288,15 +1301,17 @@ class WanCodec:
         """The same in [-1, 1]. The VAE is causal and decodes one latent frame at a time; memory carries its
         convolutions' past from call to call, so that decoding chunk by chunk equals decoding the whole.
         """
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):    # one head, too wide for the others
+            return torch.cat(list(self.decoded(latents, memory)), 2).transpose(1, 2).float().clamp(-1, 1)
+
+    def decoded(self, latents, memory):
         z = self.vae.post_quant_conv((latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype))
-        frames = []
         for frame in z.split(1, 2):
             first = not memory
             if first:
                 self.vae.clear_cache()
                 memory["past"] = self.vae._feat_map
-            frames.append(self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first))
-        return torch.cat(frames, 2).transpose(1, 2).float().clamp(-1, 1)
+            yield self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first)
 
 
 def clock(work, device, times=5):
@@ -1362,8 +1377,11 @@ def bench(student, codec, cfg, chunks=20):
     roof = 2e-12 * n ** 3 / clock(lambda: a @ a, device.type, 20)
     pace = (cfg.steps + 1) * pass_flops(cfg) / 1e12 / np.median(steady)
     frames = cfg.chunk * cfg.time_stride
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                                     # not on Windows; in KiB on Linux
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"fps_transformer": frames / np.median(steady),
             "fps_decoded": frames / np.median(decoded) if codec else None,
             "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
@@ -1405,7 +1423,8 @@ def parse(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
     args.preset = "full" if args.full else args.preset
-    args.frames = args.frames or (81 if args.full else 240)
+    if args.frames is None:
+        args.frames = 81 if args.preset == "full" else 240
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
@@ -1415,7 +1434,7 @@ def open_toy(args, given, device, dtype):
     state = load_checkpoint(path)
     if state is None or "student" not in state["models"]:
         raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
-    cfg = Config(**{f.name: state["config"][f.name] for f in fields(Config)} | given)
+    cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
     load_checkpoint(path, asdict(cfg), free=("alpha", "sink", "window", "seed"))
     student = VideoTransformer(cfg)
     student.load_state_dict(state["models"]["student"])
@@ -1436,16 +1455,13 @@ def open_full(args, given, device, dtype):
         student.to_empty(device=device)
         for p in student.parameters():
             nn.init.normal_(p, std=0.02)
-    try:
-        codec = (WanCodec(args.wan, device, dtype) if args.preset == "full"
-                 else PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]))
-    except OSError as error:
-        raise BadInput(f"--wan {args.wan} is not a Diffusers folder of Wan2.1 ({error})")
-    except BadInput:
-        if args.stream:
-            raise
+    if args.preset != "full":
+        codec = PatchCodec.fit(cfg, load_clips(args.data, cfg)[0])
+    elif args.wan or importlib.util.find_spec("diffusers"):
+        codec = WanCodec(args.wan, device, dtype)
+    else:
         codec = None                                                        # --bench says so
-    return student.to(device, dtype), codec, WanText(args.wan, cfg, device, dtype) if args.wan else None, cfg
+    return student.to(device, dtype), codec, WanText(args.wan, cfg, device, dtype) if args.stream else None, cfg
 
 
 def open_student(args, given, device, dtype):
@@ -1473,7 +1489,6 @@ def stream_command(args, given, device, dtype):
             seconds.append(time.time() - began)
             yield frames
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     with sdpa_kernel(backend):
         if args.full and shutil.which("ffmpeg"):
             path = save_mp4(out / "stream.mp4", clocked())
@@ -1493,9 +1508,7 @@ def bench_command(args, given, device, dtype):
                "attention": backend.name, "compiled": args.compile, **numbers}
     text = json.dumps(numbers, indent=1, default=float)
     print(text)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_safely(out / "bench.json", lambda p: p.write_text(text + "\n"))
+    write_safely(Path(args.out) / "bench.json", lambda p: p.write_text(text + "\n"))
 
 
 def main(argv=None):
@@ -1506,6 +1519,9 @@ def main(argv=None):
         dtype = torch.bfloat16 if args.preset == "full" and device == "cuda" else torch.float32
         print(f"device {device} ({torch.get_num_threads()} threads), {dtype}, torch {torch.__version__}; config: the "
               f"{args.preset} preset" + "".join(f", {k}={v}" for k, v in given.items()))
+        if args.toy and args.preset != "toy":
+            raise BadInput("--toy trains the toy; --full goes with --stream or --bench")
+        writable(args.out)
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
@@ -1523,10 +1539,10 @@ def main(argv=None):
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
                            "--bench measures speed")
         return 0
-    except (BadInput, FloatingPointError, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped; training goes on from the last checkpoint when the command is given again"
+    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:     # OSError: of a folder given by flag
+        reason = str(error) or "stopped; training goes on from its last checkpoint when --toy is given again"
         print(f"reward_forcing: {reason}", file=sys.stderr)
-        return {BadInput: 2, FloatingPointError: 1, KeyboardInterrupt: 130}[type(error)]
+        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 
 if __name__ == "__main__":
