@@ -1067,8 +1067,8 @@ def report(run, frames, repeats=4, part=60):
     streamed = torch.cat(list(tqdm(chunks, "stream", cfg.chunks_in(frames))), 1)
     streaming = time.time() - streaming
 
-    data = [[clip[:cfg.clip] for clip, caption in zip(run.clips, run.captions) if caption == prompt] for prompt in prompts]
-    data = torch.stack([clips[len(clips) // 2] for clips in data])
+    examples = {prompt: [clip for clip, c in zip(run.clips, run.captions) if c == prompt] for prompt in prompts}
+    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples.values()])
     whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
     metrics = {"data": measure(whole, run.captions, cfg),
                **{name: measure(video, captions, cfg) for name, video in videos.items()},
