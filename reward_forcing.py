@@ -1113,8 +1113,6 @@ def ablate(run, seeds, frames):
     95 % intervals, and for each claim of the paper whether the interval of the paired difference excludes zero.
     """
     cfg, path = run.cfg, run.out / "ablation.json"
-    if not 1 <= seeds <= len(STUDENT_T) or cfg.beta == math.inf:
-        raise BadInput(f"--seeds {seeds} or --beta {cfg.beta:g} does not suit --ablate: try 3 seeds and a finite beta")
     variants = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in ("DMD", "Re-DMD") for sink in SINKS}
     variants["tilted critic, EMA"] = LOSSES["tilted critic"]
     betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
@@ -1529,6 +1527,8 @@ def main(argv=None):
         elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
+            if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf):
+                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 3 and 0.1")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students

@@ -976,7 +976,7 @@ def test_stream_writes_a_gif_and_refuses_bad_input_with_exit_code_2(trained, cap
     refused([], "--toy", "--stream")
     refused(["--toy", "--full", *out], "--stream or --bench")
     refused(["--stream", "--full", "--prompt", "a panda", *out], "--weights and --wan")
-    refused(["--toy", "--ablate", "--seeds", "11", *out], "--seeds 11")
+    refused(["--toy", "--ablate", "--seeds", "11", *out], "--seeds from 1 to 10")
     refused(["--toy", "--out", "/dev/null/x", *TINY], "/dev/null/x", "cannot be written")
     refused(["--toy", "--data", str(trained[0]), *out], "captions.json")
     refused(["--toy", "--reward", "nothing:here", *out, *TINY], "nothing:here")
