@@ -201,11 +201,12 @@ def load_clips(folder, cfg):
 
     Raises BadInput that names the file for a missing or wrong list, a caption without its clip, a broken or short clip.
     """
-    listing, clips, captions = Path(folder) / "captions.json", [], []
+    listing, clips = Path(folder) / "captions.json", []
     try:
-        captions = [entry["caption"] + "" for entry in json.loads(listing.read_text())]     # TypeError if not text
-        paths = [Path(folder) / entry["file"] for entry in json.loads(listing.read_text())]
-        if not captions:
+        entries = json.loads(listing.read_text())
+        captions = [entry["caption"] + "" for entry in entries]             # TypeError if not text
+        paths = [Path(folder) / entry["file"] for entry in entries]
+        if not entries:
             raise ValueError("it is empty")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{listing} must be a list of {{\"file\": ..., \"caption\": ...}} ({error!r}): write it anew")
