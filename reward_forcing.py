@@ -15,9 +15,11 @@ causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made 
 
     python reward_forcing.py --toy                                      # train teacher and student, stream, report
     python reward_forcing.py --stream --prompt "a red circle" --frames 240
+    python reward_forcing.py --toy --ablate                             # both ideas against their alternatives
+    python reward_forcing.py --full --stream --weights ... --wan ...    # the 1.3B model; --full --bench: its speed
 
 How to read it: top to bottom. The model, the sink, the rollout and the losses are the paper, and "Training stages" puts
-them together; the rest is plumbing.
+them together; the rest is plumbing: reports, the ablation, and what the full size needs around the same classes.
 
     B batch   F frames   L frames per chunk   S sink frames   W window frames (sink and current chunk included)
     N tokens per frame   T tokens   H heads   D head dim   C channels   h, w latent rows and columns
