@@ -223,6 +223,11 @@ def load_clips(folder, cfg):
     return clips, captions
 
 
+def to_bytes(pixels):
+    """[-1, 1] to uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 class PatchCodec:
     """The toy's VAE: principal components of stride x stride pixel patches, found in closed form.
 
@@ -258,8 +263,8 @@ class PatchCodec:
         """memory, a dict that lives as long as a stream, is for codecs whose frames depend on earlier ones."""
         z = latents.float().cpu().permute(0, 1, 3, 4, 2)
         x = (z * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
-        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride).unflatten(0, latents.shape[:2])
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride)
+        return to_bytes(x.unflatten(0, latents.shape[:2]))
 
 
 class WordText:
@@ -733,7 +738,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p not in set(matrices)]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
     # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
     return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
@@ -760,34 +766,39 @@ def write_safely(path, write):
     os.replace(temporary, path)
 
 
-def writable(folder):
-    """The folder as a Path, made if need be. BadInput if nothing can be written there."""
+def write_json(path, content):
+    """Write content, numpy's numbers included, as JSON; returns the text."""
+    text = json.dumps(content, indent=1, default=float) + "\n"
+    write_safely(path, lambda p: p.write_text(text))
+    return text
+
+
+def make_writable(folder):
+    """Make the folder if need be. BadInput if nothing can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_safely(Path(folder) / ".writable", Path.touch)
         (Path(folder) / ".writable").unlink()
     except OSError as error:
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
-    return Path(folder)
 
 
-def load_checkpoint(path, here=None, free=()):
-    """The checkpoint's dict, or None if there is no such file.
-
-    BadInput if it is damaged, or if its config is not `here` in all but the `free` fields, with what differs.
-    """
+def load_checkpoint(path):
+    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        there = state["config"]                                             # KeyError if it is another program's
+        return {**state, "config": state["config"]}                         # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
         raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
-    differ = [f"{k}={there.get(k)} there and {v} here" for k, v in (here or there).items()
-              if k not in free and there.get(k) != v]
+
+
+def refuse_other_config(path, there, here, free=()):
+    """BadInput with what differs, unless `there`, the checkpoint's config, is `here` in all but the `free` fields."""
+    differ = [f"{k}={there.get(k)} there and {v} here" for k, v in here.items() if k not in free and there.get(k) != v]
     if differ:
         raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
-    return state
 
 
 class Run:
@@ -806,9 +817,10 @@ class Run:
         checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
         config = {**asdict(cfg), "data": checksum}
         self.path = self.out / "checkpoint.pt"
-        self.state = load_checkpoint(self.path, config) or {
+        self.state = load_checkpoint(self.path) or {
             "config": config, "models": {}, "seconds": {}, "log": [], "partial": None, "words": self.text.words,
             "codec": PatchCodec.fit(cfg, self.clips).state}
+        refuse_other_config(self.path, self.state["config"], config)
         self.codec = PatchCodec(cfg, self.state["codec"])
         self.began = time.time()                                            # of the stage under way
 
@@ -953,10 +965,9 @@ def train_student(run, watch=lambda step, average: None):
     average = run.model("ode")
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
-    loss_beta, critic_beta = (cfg.beta, math.inf) if cfg.tilt == "student" else (math.inf, cfg.beta)
 
     def sample(g):
-        """Rollouts x (B, F, C, h, w), all stopped at one random step; their text, noise, rewards (B,) and the cache."""
+        """Rollouts x (B, F, C, h, w), all stopped at one random step; their captions, text, noise and the cache."""
         captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
         exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
         cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.features(captions)
@@ -964,23 +975,29 @@ def train_student(run, watch=lambda step, average: None):
                          cfg.clip // cfg.chunk, exit_step, cache)
         x = torch.cat(list(chunks), 1)
         sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
-        return x, text, sigma, noise, run.reward(run.codec.decode(x.detach()), captions).to(run.device), cache
+        return x, captions, text, sigma, noise, cache
+
+    def judge(x, captions):
+        return run.reward(run.codec.decode(x.detach()), captions).to(run.device)                  # (B,)
 
     def train_step(step, g):
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
-                x, text, sigma, noise, reward, _ = sample(g)
-            loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, critic_weight(reward, critic_beta))
+                x, captions, text, sigma, noise, _ = sample(g)
+            weight = critic_weight(judge(x, captions), cfg.beta) if cfg.tilt == "critic" else 1.0
+            loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, weight)
             update(critic, critic_optimizers, loss, 1.0)
             critic_losses.append(loss.item())
 
-        x, text, sigma, noise, reward, cache = sample(g)
+        x, captions, text, sigma, noise, cache = sample(g)
+        reward = judge(x, captions)
         with torch.no_grad():
             xt = add_noise(x, noise, per_sample(sigma, x))
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
-        loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, loss_beta), torch.exp(reward / cfg.beta)
+        loss = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, cfg.beta if cfg.tilt == "student" else math.inf)
+        weight = torch.exp(reward / cfg.beta)
         norm = update(student, student_optimizers, loss, 10.0)
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
@@ -1083,7 +1100,7 @@ def report(run, frames, repeats=4, part=60):
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
-    write_safely(run.out / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1) + "\n"))
+    write_json(run.out / "metrics.json", metrics)
 
     rows = {"data": metrics["data"], "teacher": metrics["teacher"], "student, ODE": metrics["ode"],
             "student, Re-DMD": metrics["student"], f"stream, first {part}": metrics["stream"]["first"],
@@ -1153,7 +1170,7 @@ def ablate(run, seeds, frames):
         if seed == 1:                                                       # for the picture
             torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
         done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
-        write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1) + "\n"))
+        write_json(path, done)
     students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] <= seeds]
     save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants},
                   {student["variant"]: student["speed"] for student in students if student["variant"] in betas})
@@ -1236,9 +1253,9 @@ def load_weights(model, path):
     of safetensors, one file or an index with shards. BadInput that names a missing, extra or misshapen tensor.
     """
     path = Path(path)
+    load = need("safetensors.torch", "safetensors").load_file if path.is_dir() else None
     try:
-        if path.is_dir():
-            load = need("safetensors.torch", "safetensors").load_file
+        if load:
             index = next(path.glob("*.safetensors.index.json"), None)
             names = set(json.loads(index.read_text())["weight_map"].values()) if index else path.glob("*.safetensors")
             state = {name: tensor for file in names for name, tensor in load(path / Path(file).name).items()}
@@ -1246,8 +1263,6 @@ def load_weights(model, path):
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             state = state["generator_ema" if "generator_ema" in state else "generator"]
             state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    except BadInput:
-        raise
     except Exception as error:                                              # each format raises its own kinds
         raise BadInput(f"--weights {path} cannot be read ({error!r}): give a trainer's .pt or a folder of safetensors")
     want = model.state_dict()
@@ -1296,7 +1311,7 @@ class WanCodec:
     @torch.no_grad()
     def decode(self, latents, memory):
         """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at the start of a stream."""
-        return ((self.pixels(latents, memory) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_bytes(self.pixels(latents, memory))
 
     def pixels(self, latents, memory):
         """The same in [-1, 1]. The VAE is causal and decodes one latent frame at a time; memory carries its
@@ -1376,7 +1391,8 @@ def bench(student, codec, cfg, chunks=20):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     roof = 2e-12 * n ** 3 / clock(lambda: a @ a, device.type, 20)
-    pace = (cfg.steps + 1) * pass_flops(cfg) / 1e12 / np.median(steady)
+    tflop = pass_flops(cfg) / 1e12
+    pace = (cfg.steps + 1) * tflop / np.median(steady)
     frames = cfg.chunk * cfg.time_stride
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -1389,7 +1405,7 @@ def bench(student, codec, cfg, chunks=20):
             "first_chunk_seconds": again[0], "chunk_seconds_median": np.median(steady),
             "chunk_seconds_quartiles": np.quantile(steady, [0.25, 0.75]).tolist(), "chunks": chunks,
             "compile_and_warm_up_seconds": first - again.sum(), "peak_memory_gb": peak / 1e9,
-            "tflop_per_pass": pass_flops(cfg) / 1e12, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
+            "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
             "fraction_of_matmul_rate": pace / roof}
 
 
@@ -1436,7 +1452,7 @@ def open_toy(args, given, device, dtype):
     if state is None or "student" not in state["models"]:
         raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
     cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
-    load_checkpoint(path, asdict(cfg), free=("alpha", "sink", "window", "seed"))
+    refuse_other_config(path, state["config"], asdict(cfg), free=("alpha", "sink", "window", "seed"))
     student = VideoTransformer(cfg)
     student.load_state_dict(state["models"]["student"])
     return student.to(device), PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"]), cfg
@@ -1507,9 +1523,7 @@ def bench_command(args, given, device, dtype):
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     numbers = {"preset": args.preset, "device": name, "dtype": str(dtype), "torch": torch.__version__,
                "attention": backend.name, "compiled": args.compile, **numbers}
-    text = json.dumps(numbers, indent=1, default=float)
-    print(text)
-    write_safely(Path(args.out) / "bench.json", lambda p: p.write_text(text + "\n"))
+    print(write_json(Path(args.out) / "bench.json", numbers), end="")
 
 
 def main(argv=None):
@@ -1522,7 +1536,7 @@ def main(argv=None):
               f"{args.preset} preset" + "".join(f", {k}={v}" for k, v in given.items()))
         if args.toy and args.preset != "toy":
             raise BadInput("--toy trains the toy; --full goes with --stream or --bench")
-        writable(args.out)
+        make_writable(args.out)
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
