@@ -1024,23 +1024,28 @@ def stream(student, codec, text, cfg, captions, frames=None, seed=0):
         yield codec.decode(latents, memory)
 
 
+def picture(pixels, scale):
+    """(3, height, width) uint8 to an image, enlarged."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
+
+
 def save_gif(path, videos, scale=3, columns=4):
     """Videos (B, F, 3, height, width) uint8 in a grid as one GIF or WebP of 16.7 frames per second."""
     columns = min(columns, len(videos))
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
-    frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2).permute(0, 2, 3, 1).cpu().numpy()
-    images = [Image.fromarray(f).resize((f.shape[1] * scale, f.shape[0] * scale), Image.NEAREST) for f in frames]
-    options = {"format": path.suffix[1:], "save_all": True, "append_images": images[1:], "duration": 60, "loop": 0}
-    write_safely(path, lambda p: images[0].save(p, **options))
+    frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2)
+    first, *rest = [picture(frame, scale) for frame in frames]
+    options = {"format": path.suffix[1:], "save_all": True, "append_images": rest, "duration": 60, "loop": 0}
+    write_safely(path, lambda p: first.save(p, **options))
 
 
 def save_mp4(path, chunks, fps=16):
     """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come; returns path."""
     first = next(chunks)
     size = f"{first.shape[4]}x{first.shape[3]}"
-    command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps),
-               "-i", "-", "-pix_fmt", "yuv420p", str(path)]
-    with contextlib.suppress(BrokenPipeError), subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
+    command = f"ffmpeg -y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p".split()
+    with contextlib.suppress(BrokenPipeError), subprocess.Popen([*command, path], stdin=subprocess.PIPE) as ffmpeg:
         for frames in itertools.chain([first], chunks):
             ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     if ffmpeg.returncode:
@@ -1055,10 +1060,9 @@ def save_report(path, rows, captions, shown=4, frames=6, scale=3):
     for videos in rows.values():
         cells = videos[picked][:, torch.linspace(0, videos.shape[1] - 1, frames).round().long()]
         cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # (shown, 3, height, frames)
-        lines.append(Image.fromarray(cells.permute(2, 0, 3, 1).flatten(1, 2).numpy()))
-        lines[-1] = lines[-1].resize((lines[-1].width * scale, lines[-1].height * scale), Image.NEAREST)
-    left = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12
-    top, wide, high = 18, lines[0].width, lines[0].height
+        lines.append(picture(torch.cat(list(cells), 2), scale))
+    left, top = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12, 18
+    wide, high = lines[0].size
     page = Image.new("RGB", (left + wide, top + high * len(lines)), "white")
     pen = ImageDraw.Draw(page)
     for i, caption in enumerate(picked):
@@ -1067,6 +1071,14 @@ def save_report(path, rows, captions, shown=4, frames=6, scale=3):
         pen.text((4, top + i * high + high // 2 - 6 * (1 + name.count("\n"))), name, "black")
         page.paste(line, (left, top + i * high))
     write_safely(path, lambda p: page.save(p, format="PNG"))
+
+
+def print_table(rows):
+    """rows: {label: {column: text}}, all with the same columns."""
+    table = [["", *next(iter(rows.values()))], *([label, *row.values()] for label, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for label, *cells in table:
+        print(label.ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(cells, widths[1:])))
 
 
 @torch.no_grad()
@@ -1082,13 +1094,13 @@ def report(run, frames, repeats=4, part=60):
                  for draw in (start, *(run.noise(g, len(captions), cfg.chunk) for _ in range(cfg.steps - 1))))
         latents = rollout(run.model(name), text, cfg, draws.__next__, cfg.clip // cfg.chunk)
         videos[name] = run.codec.decode(torch.cat(list(latents), 1))
-    chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
     streaming = time.time()
+    chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
     streamed = torch.cat(list(tqdm(chunks, "stream", cfg.chunks_in(frames))), 1)
     streaming = time.time() - streaming
 
-    examples = {prompt: [clip for clip, c in zip(run.clips, run.captions) if c == prompt] for prompt in prompts}
-    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples.values()])
+    examples = [[clip for clip, caption in zip(run.clips, run.captions) if caption == prompt] for prompt in prompts]
+    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples])
     whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
     metrics = {"data": measure(whole, run.captions, cfg),
                **{name: measure(video, captions, cfg) for name, video in videos.items()},
@@ -1101,23 +1113,31 @@ def report(run, frames, repeats=4, part=60):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_json(run.out / "metrics.json", metrics)
-
-    rows = {"data": metrics["data"], "teacher": metrics["teacher"], "student, ODE": metrics["ode"],
-            "student, Re-DMD": metrics["student"], f"stream, first {part}": metrics["stream"]["first"],
-            f"stream, last {part}": metrics["stream"]["last"]}
-    print(" " * 18 + "".join(f"{k:>8}" for k in metrics["data"]))
-    for label, row in rows.items():
-        print(f"{label:18}" + "".join(f"{'-':>8}" if v is None else f"{v:8.3f}" for v in row.values()))
+    print_table({label: {name: "-" if x is None else f"{x:.3f}" for name, x in row.items() if name in metrics["data"]}
+                 for label, row in (("data", metrics["data"]), ("teacher", metrics["teacher"]),
+                                    ("student, ODE", metrics["ode"]), ("student, Re-DMD", metrics["student"]),
+                                    (f"stream, first {part}", metrics["stream"]["first"]),
+                                    (f"stream, last {part}", metrics["stream"]["last"]))})
     print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
           f"of each. report.png, the GIFs and metrics.json are in {run.out}")
 
 
 # -------------------------------------------------------------------------------------------------------- Ablation
 SINKS = {"none": {"sink": 0}, "static": {"alpha": 1.0}, "EMA": {}}
-LOSSES = {"DMD": {"tilt": "student", "beta": math.inf}, "Re-DMD": {"tilt": "student"},
-          "tilted critic": {"tilt": "critic"}}
+LOSSES = {"DMD": {"tilt": "student", "beta": math.inf}, "Re-DMD": {"tilt": "student"}}
+VARIANTS = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in LOSSES for sink in SINKS}
+VARIANTS["tilted critic, EMA"] = {"tilt": "critic"}
 ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2, 0.1)
 STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
+CLAIMS = (      # what, of which (new, old) pairs of variants, in which measure, which number is then above zero
+    ("EMA against static: speed is higher", "EMA", "static", "speed", lambda new, old: new - old),
+    ("EMA against static: copy is lower", "EMA", "static", "copy", lambda new, old: old - new),
+    ("EMA against none: drift is lower", "EMA", "none", "drift", lambda new, old: old - new),
+    ("Re-DMD against DMD: speed is higher", "Re-DMD", "DMD", "speed", lambda new, old: new - old),
+    ("Re-DMD against DMD: speed is 10 % higher", "Re-DMD", "DMD", "speed", lambda new, old: new - 1.1 * old),
+    ("Re-DMD against DMD: shape is not 0.03 lower", "Re-DMD", "DMD", "shape", lambda new, old: new - old + 0.03),
+    ("tilted critic against DMD: speed is higher", "tilted critic", "DMD", "speed", lambda new, old: new - old),
+    ("tilted critic against Re-DMD: speed is higher", "tilted critic", "Re-DMD", "speed", lambda new, old: new - old))
 
 
 def interval(numbers):
@@ -1129,99 +1149,76 @@ def interval(numbers):
 def ablate(run, seeds, frames):
     """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
 
-    Writes ablation.json (every student; one that is there is not trained again) and ablation.png, and prints means with
-    95 % intervals, and for each claim of the paper whether the interval of the paired difference excludes zero.
+    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png.
     """
-    cfg, path = run.cfg, run.out / "ablation.json"
-    variants = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in ("DMD", "Re-DMD") for sink in SINKS}
-    variants["tilted critic, EMA"] = LOSSES["tilted critic"]
+    cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
+    folder.mkdir(exist_ok=True)
     betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
     config = {k: v for k, v in run.state["config"].items() if k != "seed"}
     done = json.loads(path.read_text()) if path.exists() else {"config": config, "frames": frames, "students": {}}
     if done["config"] != json.loads(json.dumps(config)) or done["frames"] != frames:
         raise BadInput(f"{path} was made with another config: delete it or choose another --out")
 
-    def watched(student, cfg, frames):
-        videos = torch.cat(list(stream(student, run.codec, run.text, cfg, run.prompts, frames, cfg.seed)), 1)
-        reward = run.reward(videos, run.prompts).mean().item()
-        return videos, {**measure(videos, run.prompts, cfg), "reward": reward}
-    jobs = [(name, 1) for name in betas] + [(name, seed) for seed in range(1, seeds + 1) for name in variants]
+    def watched(student, cfg, frames, repeats):
+        captions = run.prompts * repeats
+        videos = torch.cat(list(stream(student, run.codec, run.text, cfg, captions, frames, cfg.seed)), 1)
+        return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
+    jobs = [(name, 1) for name in betas] + [(name, seed) for seed in range(1, seeds + 1) for name in VARIANTS]
     for name, seed in (bar := tqdm(jobs, "ablation")):
-        key, other = f"{name}, seed {seed}", copy.copy(run)
+        key, other, course = f"{name}, seed {seed}", copy.copy(run), {}
         if key in done["students"]:
             continue
         bar.set_postfix_str(key)
-        other.cfg = replace(cfg, seed=seed, **(variants | betas)[name])
-        other.out = run.out / "ablation"
-        other.out.mkdir(exist_ok=True)
-        other.path = other.out / "checkpoint.pt"
+        other.cfg = replace(cfg, seed=seed, **(VARIANTS | betas)[name])
+        other.out, other.path = folder, folder / "checkpoint.pt"
         other.state = {**run.state, "models": dict(run.state["models"]), "seconds": {}, "log": [], "partial": None}
-        course = {}
 
         def watch(step, average):
             if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
-                course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk)[1]["speed"]
+                course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
         train_student(other, watch)
         student = other.model("student")
-        videos, numbers = watched(student, other.cfg, frames)
+        videos, numbers = watched(student, other.cfg, frames, 3)
         if name == "Re-DMD, EMA":
-            numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames)[1]["speed"]
+            numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames, 1)[1]["speed"]
                                  for alpha in ALPHAS}
         if seed == 1:                                                       # for the picture
-            torch.save(videos[:, torch.linspace(0, frames - 1, 12).long()], other.out / f"{name}.pt")
+            torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], folder / f"{name}.pt")
         done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
         write_json(path, done)
     students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] <= seeds]
-    save_ablation(run, {name: [student for student in students if student["variant"] == name] for name in variants},
-                  {student["variant"]: student["speed"] for student in students if student["variant"] in betas})
+    summarise(run, {name: [student for student in students if student["variant"] == name] for name in VARIANTS | betas})
 
 
-def save_ablation(run, runs, betas):
-    """Print the table and the claims, save the pictures.
-
-    runs: {variant: [measures of a student, by seed]}; betas: {"beta x": speed of the student of seed 1}.
-    """
-    def column(name, measure):
-        return [student[measure] for student in runs[name]]
-
-    def differences(a, b, measure, scale=1.0):                              # paired: the same seed on both sides
-        return [x - scale * y for x, y in zip(column(a, measure), column(b, measure))]
-
-    def pooled(a, b, measure):                                              # over both losses, still one number a seed
-        return [statistics.mean(pair) for pair in zip(*(differences(f"{loss}, {a}", f"{loss}, {b}", measure)
-                                                        for loss in ("DMD", "Re-DMD")))]
-    names = [measure for measure in ("speed", "reward", "copy", "drift", "colour", "shape")
-             if None not in column("DMD, EMA", measure)]
-    cells = {name: {measure: interval(column(name, measure)) for measure in names} for name in runs}
+def summarise(run, runs):
+    """Print means with 95 % intervals, and for each claim whether that of the paired difference (the same seed on both
+    sides) excludes zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}."""
+    names = [name for name in ("speed", "reward", "copy", "drift", "colour", "shape")
+             if runs["DMD, EMA"][0][name] is not None]
+    texts = {variant: {name: "{:.3f} +- {:.3f}".format(*interval([student[name] for student in runs[variant]]))
+                       for name in names} for variant in VARIANTS}
     print(f"{run.cfg.distill_steps} student steps, {len(runs['DMD, EMA'])} seeds: mean and 95 % interval")
-    print(" " * 20 + "".join(f"{measure:>16}" for measure in names))
-    for name, row in cells.items():
-        print(f"{name:20}" + "".join(f"{f'{mean:.3f} +- {half:.3f}':>16}" for mean, half in row.values()))
-    for claim, numbers, sign in (
-            ("EMA against static: speed is higher", pooled("EMA", "static", "speed"), 1),
-            ("EMA against static: copy is lower", pooled("EMA", "static", "copy"), -1),
-            ("EMA against none: drift is lower", pooled("EMA", "none", "drift"), -1),
-            ("Re-DMD against DMD: speed is higher", differences("Re-DMD, EMA", "DMD, EMA", "speed"), 1),
-            ("Re-DMD against DMD: speed is higher by 10 %", differences("Re-DMD, EMA", "DMD, EMA", "speed", 1.1), 1),
-            ("Re-DMD against DMD: shape is not 0.03 lower",
-             [d + 0.03 for d in differences("Re-DMD, EMA", "DMD, EMA", "shape")], 1),
-            ("tilted critic against DMD: speed is higher", differences("tilted critic, EMA", "DMD, EMA", "speed"), 1),
-            ("tilted critic against Re-DMD: speed is higher",
-             differences("tilted critic, EMA", "Re-DMD, EMA", "speed"), 1)):
-        mean, half = interval(numbers)
-        print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if sign * mean > half else 'not shown'}")
+    print_table(texts)
+    for claim, new, old, name, above in CLAIMS:
+        # a sink is compared under both losses, one number a seed; a loss with the EMA sink
+        pairs = [(f"{loss}, {new}", f"{loss}, {old}") for loss in LOSSES]
+        pairs = pairs if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
+        mean, half = interval([statistics.mean(above(runs[a][i][name], runs[b][i][name]) for a, b in pairs)
+                               for i in range(len(runs["DMD, EMA"]))])
+        print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
 
-    rows = {f"{name}\n" + "\n".join(f"{m} {cells[name][m][0]:.2f} +- {cells[name][m][1]:.2f}" for m in names[:4]):
-            torch.load(run.out / "ablation" / f"{name}.pt", weights_only=True) for name in runs}
+    rows = {f"{variant}\n" + "\n".join(f"{name} {text}" for name, text in list(texts[variant].items())[:4]):
+            torch.load(run.out / "ablation" / f"{variant}.pt", weights_only=True) for variant in VARIANTS}
     save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
-    course = {name: {step: interval([student["course"][step] for student in runs[name]])
-                     for step in runs[name][0]["course"]} for name in ("DMD, EMA", "Re-DMD, EMA", "tilted critic, EMA")}
-    betas |= {"beta inf": column("DMD, EMA", "speed")[0], f"beta {run.cfg.beta:g}": column("Re-DMD, EMA", "speed")[0]}
-    betas = {f"{beta:g}": (betas[f"beta {beta:g}"], 0) for beta in BETAS if f"beta {beta:g}" in betas}
-    alphas = {alpha: interval([student["alphas"][alpha] for student in runs["Re-DMD, EMA"]])
-              for alpha in runs["Re-DMD, EMA"][0]["alphas"]}
+
+    def over(variant, what):                                                # {x: (mean, half)}
+        return {x: interval([student[what][x] for student in runs[variant]]) for x in runs[variant][0][what]}
+    betas = {f"{beta:g}": runs[{math.inf: "DMD, EMA", run.cfg.beta: "Re-DMD, EMA"}.get(beta, f"beta {beta:g}")]
+             for beta in BETAS}
     save_curves(run.out / "ablation_curves.png", {
-        "speed against alpha, Re-DMD": {"": alphas}, "speed against beta, seed 1": {"": betas}, "against step": course})
+        "speed against alpha, Re-DMD": {"": over("Re-DMD, EMA", "alphas")},
+        "speed against beta, seed 1": {"": {beta: (students[0]["speed"], 0) for beta, students in betas.items()}},
+        "speed against step": {name: over(name, "course") for name in VARIANTS if name.endswith("EMA")}})
 
 
 def save_curves(path, panels, width=330, height=220):
@@ -1231,21 +1228,28 @@ def save_curves(path, panels, width=330, height=220):
     for i, (title, curves) in enumerate(panels.items()):
         pen.text((i * width + 40, 4), title, "black")
         points = [mean for curve in curves.values() for mean, _ in curve.values()]
-        low, high = min(points) - 0.1, max(points) + 0.1
-        for colour, (name, curve) in zip(("black", "firebrick", "royalblue"), curves.items()):
-            xs = [i * width + 50 + j * (width - 90) // (len(curve) - 1) for j in range(len(curve))]
-            line = [(x, 30 + (high - mean) / (high - low) * (height - 70)) for x, (mean, _) in zip(xs, curve.values())]
+        low, scale = min(points) - 0.1, (height - 70) / (max(points) - min(points) + 0.2)
+        for row, (colour, (name, curve)) in enumerate(zip(("black", "firebrick", "royalblue"), curves.items())):
+            line = [(i * width + 50 + j * (width - 90) // max(1, len(curve) - 1), height - 40 - (mean - low) * scale)
+                    for j, (mean, _) in enumerate(curve.values())]
             pen.line(line, colour, 2)
+            pen.text((i * width + 40, 16 + 10 * row), name, colour)
             for (x, y), (label, (mean, half)) in zip(line, curve.items()):
-                reach = min(half, 0.1) / (high - low) * (height - 70)
+                reach = min(half, 0.1) * scale
                 pen.line([(x, y - reach), (x, y + reach)], colour)
                 pen.text((x - 8, height - 30), str(label), "black")
                 pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
-            pen.text((i * width + 40, 16 + 10 * list(curves).index(name)), name, colour)
     write_safely(path, lambda p: page.save(p, format="PNG"))
 
 
 # ------------------------------------------------------------------------------------------------------- Full size
+def need(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(f"the full size needs {package} ({error}): pip install {package}")
+
+
 def load_weights(model, path):
     """Give a model built on the meta device the weights in path, mapped from the file rather than copied.
 
@@ -1265,21 +1269,12 @@ def load_weights(model, path):
             state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     except Exception as error:                                              # each format raises its own kinds
         raise BadInput(f"--weights {path} cannot be read ({error!r}): give a trainer's .pt or a folder of safetensors")
-    want = model.state_dict()
-    wrong = [f"{name} is missing" for name in want if name not in state]
-    wrong += [f"{name} is not the model's" for name in state if name not in want]
-    wrong += [f"{name} is {tuple(state[name].shape)} and not {tuple(want[name].shape)}"
-              for name in want if name in state and state[name].shape != want[name].shape]
+    want, have = ({name: tuple(p.shape) for name, p in s.items()} for s in (model.state_dict(), state))
+    wrong = [f"{name} is missing" if name not in have else f"{name} is not the model's" if name not in want else
+             f"{name} is {have[name]} and not {want[name]}" for name in want | have if want.get(name) != have.get(name)]
     if wrong:
         raise BadInput(f"--weights {path} does not fit, {len(wrong)} of {len(want)} tensors: {', '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
-
-
-def need(module, package):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BadInput(f"the full size needs {package} ({error}): pip install {package}")
 
 
 class WanText:
@@ -1317,29 +1312,28 @@ class WanCodec:
         """The same in [-1, 1]. The VAE is causal and decodes one latent frame at a time; memory carries its
         convolutions' past from call to call, so that decoding chunk by chunk equals decoding the whole.
         """
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):    # one head, too wide for the others
-            return torch.cat(list(self.decoded(latents, memory)), 2).transpose(1, 2).float().clamp(-1, 1)
-
-    def decoded(self, latents, memory):
         z = self.vae.post_quant_conv((latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype))
-        for frame in z.split(1, 2):
-            first = not memory
-            if first:
-                self.vae.clear_cache()
-                memory["past"] = self.vae._feat_map
-            yield self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first)
+        pixels = []
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):    # one head, too wide for the others
+            for frame in z.split(1, 2):
+                first = not memory
+                if first:
+                    self.vae.clear_cache()
+                    memory["past"] = self.vae._feat_map
+                pixels.append(self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first))
+        return torch.cat(pixels, 2).transpose(1, 2).float().clamp(-1, 1)
 
 
-def clock(work, device, times=5):
-    """Median seconds of work()."""
-    seconds = []
-    for _ in range(times):
+def seconds_of(work, times):
+    """(times,) the seconds of each call of work(), until a GPU has finished what it was given."""
+    seconds = np.zeros(times)
+    for i in range(times):
         began = time.perf_counter()
         work()
-        if device == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        seconds[i] = time.perf_counter() - began
+    return seconds
 
 
 def fastest_attention(cfg, device, dtype):
@@ -1347,11 +1341,11 @@ def fastest_attention(cfg, device, dtype):
     q, k = (torch.randn(1, cfg.heads, frames * cfg.tokens, cfg.head_dim, device=device, dtype=dtype)
             for frames in (cfg.chunk, cfg.window))
     seconds = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                    SDPBackend.MATH):
-        if backend != SDPBackend.MATH or not seconds:                       # slow and large: only where nothing else is
+    fast = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    for backend in (*fast, SDPBackend.MATH):
+        if backend in fast or not seconds:                                  # MATH, slow and large, only if alone
             with sdpa_kernel(backend), contextlib.suppress(RuntimeError):   # raised where a backend is not offered
-                seconds[backend] = clock(lambda: F.scaled_dot_product_attention(q, k, k), device)
+                seconds[backend] = np.median(seconds_of(lambda: F.scaled_dot_product_attention(q, k, k), 5))
     return min(seconds, key=seconds.get)
 
 
@@ -1370,41 +1364,33 @@ def pass_flops(cfg):
 def bench(student, codec, cfg, chunks=20):
     """Time rollouts with and without decoding; a dict of what --bench prints. Text is not encoded."""
     device, dtype = student.weight.device, student.weight.dtype
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     text = torch.zeros(1, cfg.text_len, cfg.text_dim, device=device)
     generator = seeded(cfg.seed, "bench", device=device)
     draw = lambda: torch.randn(1, cfg.chunk, *cfg.latent, generator=generator, device=device)
     fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until the window is full
 
-    def timed(chunks, decode):                                              # seconds of every chunk
-        memory, seconds = {}, [time.perf_counter()]
-        for latents in rollout(student, text, cfg, draw, chunks):
-            if decode:
-                codec.decode(latents, memory)
-            sync()
-            seconds.append(time.perf_counter())
-        return np.diff(seconds)
-    first = timed(fill + 1, codec).sum()
-    again = timed(fill + 1, codec)                                          # warm now
-    steady = timed(fill + chunks, False)[fill:]
-    decoded = timed(fill + chunks, True)[fill:] if codec else None
+    def timed(chunks, codec):                                               # seconds of every chunk
+        memory, latents = {}, rollout(student, text, cfg, draw, chunks)
+        return seconds_of(lambda: codec.decode(next(latents), memory) if codec else next(latents), chunks)
+    first, again = timed(fill + 1, codec), timed(fill + 1, codec)           # again: warm
+    steady, decoded = timed(fill + chunks, None)[fill:], timed(fill + chunks, codec)[fill:]
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    roof = 2e-12 * n ** 3 / clock(lambda: a @ a, device.type, 20)
-    tflop = pass_flops(cfg) / 1e12
+    roof = 2e-12 * n ** 3 / np.median(seconds_of(lambda: a @ a, 20))
+    tflop, frames = pass_flops(cfg) / 1e12, cfg.chunk * cfg.time_stride
     pace = (cfg.steps + 1) * tflop / np.median(steady)
-    frames = cfg.chunk * cfg.time_stride
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
         import resource                                                     # not on Windows; in KiB on Linux
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"fps_transformer": frames / np.median(steady),
+        name, peak = "cpu", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype), "torch": torch.__version__,
+            "fps_transformer": frames / np.median(steady),
             "fps_decoded": frames / np.median(decoded) if codec else None,
             "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
             "first_chunk_seconds": again[0], "chunk_seconds_median": np.median(steady),
             "chunk_seconds_quartiles": np.quantile(steady, [0.25, 0.75]).tolist(), "chunks": chunks,
-            "compile_and_warm_up_seconds": first - again.sum(), "peak_memory_gb": peak / 1e9,
+            "compile_and_warm_up_seconds": first.sum() - again.sum(), "peak_memory_gb": peak / 1e9,
             "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
             "fraction_of_matmul_rate": pace / roof}
 
@@ -1516,16 +1502,6 @@ def stream_command(args, given, device, dtype):
           f"after {seconds[0]:.2f} s. They are in {path}")
 
 
-def bench_command(args, given, device, dtype):
-    student, codec, _, cfg, backend = open_student(args, given, device, dtype)
-    with sdpa_kernel(backend):
-        numbers = bench(student, codec, cfg)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    numbers = {"preset": args.preset, "device": name, "dtype": str(dtype), "torch": torch.__version__,
-               "attention": backend.name, "compiled": args.compile, **numbers}
-    print(write_json(Path(args.out) / "bench.json", numbers), end="")
-
-
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 if training failed, 2 for bad input, 130 if interrupted."""
     try:
@@ -1540,7 +1516,11 @@ def main(argv=None):
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
-            bench_command(args, given, device, dtype)
+            student, codec, _, cfg, backend = open_student(args, given, device, dtype)
+            with sdpa_kernel(backend):
+                numbers = bench(student, codec, cfg)
+            numbers = {"preset": args.preset, "attention": backend.name, "compiled": args.compile, **numbers}
+            print(write_json(Path(args.out) / "bench.json", numbers), end="")
         elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
