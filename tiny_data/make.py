@@ -71,7 +71,7 @@ def main(folder):
         for colour in COLOURS:
             for shape in SHAPES:
                 speed = 2.0 * (i + rng.random()) / CLIPS_PER_CAPTION
-                size = 6 + 1.5 * rng.random()
+                size = 5.2 + 2.3 * rng.random()
                 frames, moved = draw_clip(shape, colour, speed, size, 2 * math.pi * rng.random(),
                                           rng.random(), rng.random(), rng.random())
                 name = f"clips/{colour}_{shape}_{i}.png"
