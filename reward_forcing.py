@@ -121,11 +121,11 @@ class Config:
     ode_batch: int = 16          # clips per regression step
     ode_lr: float = 0.02         # see teacher_lr
     distill_steps: int = 60      # student steps of Re-DMD
-    distill_batch: int = 16      # rollouts per student or critic step
+    distill_batch: int = 12      # rollouts per student or critic step
     critic_ratio: int = 2        # critic steps per student step
     student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
-    beta: float = 0.2            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    beta: float = 0.3            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
@@ -1178,7 +1178,7 @@ def ablate(run, seeds, frames):
                 course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
         train_student(other, watch)
         student = other.model("student")
-        videos, numbers = watched(student, other.cfg, frames, 3)
+        videos, numbers = watched(student, other.cfg, frames, 2)
         if name == "Re-DMD, EMA":
             numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames, 1)[1]["speed"]
                                  for alpha in ALPHAS}
@@ -1525,7 +1525,7 @@ def main(argv=None):
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
             if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf):
-                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 4 and 0.2")
+                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 4 and 0.3")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
