@@ -16,7 +16,7 @@ causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made 
     python reward_forcing.py --toy                                      # train teacher and student, stream, report
     python reward_forcing.py --stream --prompt "a red circle" --frames 240
     python reward_forcing.py --toy --ablate                             # both ideas against their alternatives
-    python reward_forcing.py --full --stream --weights ... --wan ...    # the 1.3B model; --full --bench: its speed
+    python reward_forcing.py --full --bench --compile                   # the 1.3B model; README: how to stream it
 
 How to read it: top to bottom. The model, the sink, the rollout and the losses are the paper, and "Training stages" puts
 them together; the rest is plumbing: reports, the ablation, and what the full size needs around the same classes.
@@ -42,7 +42,6 @@ import math
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -996,8 +995,8 @@ def train_student(run, watch=lambda step, average: None):
             xt = add_noise(x, noise, per_sample(sigma, x))
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
-        loss = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, cfg.beta if cfg.tilt == "student" else math.inf)
-        weight = torch.exp(reward / cfg.beta)
+        beta = cfg.beta if cfg.tilt == "student" else math.inf
+        loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
         norm = update(student, student_optimizers, loss, 10.0)
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
@@ -1014,14 +1013,15 @@ def train_student(run, watch=lambda step, average: None):
 def stream(student, codec, text, cfg, captions, frames=None, seed=0):
     """Yield decoded frames (B, F, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
 
-    codec and text as PatchCodec and WordText. BadInput if frames does not make whole chunks.
+    codec (None: the latents are not decoded) and text as PatchCodec and WordText. BadInput if frames does not make
+    whole chunks.
     """
     chunks, device = frames and cfg.chunks_in(frames), student.weight.device
     generator, shape = seeded(seed, "stream", device=device), (len(captions), cfg.chunk, *cfg.latent)
     draw = lambda: torch.randn(shape, generator=generator, device=device)
     memory = {}                                                             # what the codec keeps of earlier frames
     for latents in rollout(student, text(captions).to(device), cfg, draw, chunks):
-        yield codec.decode(latents, memory)
+        yield codec.decode(latents, memory) if codec else latents
 
 
 def picture(pixels, scale):
@@ -1040,17 +1040,15 @@ def save_gif(path, videos, scale=3, columns=4):
     write_safely(path, lambda p: first.save(p, **options))
 
 
-def save_mp4(path, chunks, fps=16):
-    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come; returns path."""
-    first = next(chunks)
-    size = f"{first.shape[4]}x{first.shape[3]}"
+def save_mp4(path, chunks, width, height, fps=16):
+    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come."""
+    size = f"{width}x{height}"
     command = f"ffmpeg -y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p".split()
     with contextlib.suppress(BrokenPipeError), subprocess.Popen([*command, path], stdin=subprocess.PIPE) as ffmpeg:
-        for frames in itertools.chain([first], chunks):
+        for frames in chunks:
             ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     if ffmpeg.returncode:
         raise BadInput(f"ffmpeg could not write {path}: see its message above")
-    return path
 
 
 def save_report(path, rows, captions, shown=4, frames=6, scale=3):
@@ -1059,7 +1057,7 @@ def save_report(path, rows, captions, shown=4, frames=6, scale=3):
     lines = []
     for videos in rows.values():
         cells = videos[picked][:, torch.linspace(0, videos.shape[1] - 1, frames).round().long()]
-        cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # (shown, 3, height, frames)
+        cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # one row of frames each
         lines.append(picture(torch.cat(list(cells), 2), scale))
     left, top = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12, 18
     wide, high = lines[0].size
@@ -1083,8 +1081,9 @@ def print_table(rows):
 
 @torch.no_grad()
 def report(run, frames, repeats=4, part=60):
-    """Stage 4: sample every caption `repeats` times from teacher and students, stream every caption, measure, draw."""
+    """Stage 4: sample the captions `repeats` times from teacher and students, stream each of them, measure, draw."""
     cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
+    part = min(part, frames)
     captions, text = prompts * repeats, run.features(prompts * repeats)
     noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
     videos = {"teacher": run.codec.decode(teacher_trajectory(run.model("teacher"), noise, text, cfg)[:, -1])}
@@ -1107,17 +1106,17 @@ def report(run, frames, repeats=4, part=60):
                "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
                           "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
                "parameters": sum(p.numel() for p in run.model().parameters())}
-    save_report(run.out / "report.png", {"data": data, "teacher": videos["teacher"], "student, ODE": videos["ode"],
-                                         "student, Re-DMD": videos["student"]}, prompts)
+    labels = {"data": "data", "teacher": "teacher", "ode": "student, ODE", "student": "student, Re-DMD"}
+    shown = {"data": data, **videos}
+    save_report(run.out / "report.png", {label: shown[key] for key, label in labels.items()}, prompts)
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_json(run.out / "metrics.json", metrics)
-    print_table({label: {name: "-" if x is None else f"{x:.3f}" for name, x in row.items() if name in metrics["data"]}
-                 for label, row in (("data", metrics["data"]), ("teacher", metrics["teacher"]),
-                                    ("student, ODE", metrics["ode"]), ("student, Re-DMD", metrics["student"]),
-                                    (f"stream, first {part}", metrics["stream"]["first"]),
-                                    (f"stream, last {part}", metrics["stream"]["last"]))})
+    rows = {label: metrics[key] for key, label in labels.items()}
+    rows |= {f"stream, {end} {part}": metrics["stream"][end] for end in ("first", "last")}
+    print_table({label: {name: "-" if x is None else f"{x:.3f}" for name, x in row.items()}
+                 for label, row in rows.items()})
     print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
           f"of each. report.png, the GIFs and metrics.json are in {run.out}")
 
@@ -1133,6 +1132,7 @@ CLAIMS = (      # what, of which (new, old) pairs of variants, in which measure,
     ("EMA against static: speed is higher", "EMA", "static", "speed", lambda new, old: new - old),
     ("EMA against static: copy is lower", "EMA", "static", "copy", lambda new, old: old - new),
     ("EMA against none: drift is lower", "EMA", "none", "drift", lambda new, old: old - new),
+    ("EMA against none: speed is higher", "EMA", "none", "speed", lambda new, old: new - old),
     ("Re-DMD against DMD: speed is higher", "Re-DMD", "DMD", "speed", lambda new, old: new - old),
     ("Re-DMD against DMD: speed is 10 % higher", "Re-DMD", "DMD", "speed", lambda new, old: new - 1.1 * old),
     ("Re-DMD against DMD: shape is not 0.03 lower", "Re-DMD", "DMD", "shape", lambda new, old: new - old + 0.03),
@@ -1143,20 +1143,21 @@ CLAIMS = (      # what, of which (new, old) pairs of variants, in which measure,
 def interval(numbers):
     """(mean, half of its 95 % confidence interval) over seeds, by Student's t."""
     n = len(numbers)
-    return statistics.mean(numbers), STUDENT_T[n - 1] * statistics.stdev(numbers) / n ** 0.5 if n > 1 else math.inf
+    return np.mean(numbers), STUDENT_T[n - 1] * np.std(numbers, ddof=1) / n ** 0.5 if n > 1 else math.inf
 
 
 def ablate(run, seeds, frames):
     """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
 
-    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png.
+    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
+    and in the folder ablation/ the frames that the picture shows.
     """
     cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
     folder.mkdir(exist_ok=True)
     betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
-    config = {k: v for k, v in run.state["config"].items() if k != "seed"}
-    done = json.loads(path.read_text()) if path.exists() else {"config": config, "frames": frames, "students": {}}
-    if done["config"] != json.loads(json.dumps(config)) or done["frames"] != frames:
+    done = {"config": run.state["config"], "frames": frames, "students": {}}
+    done, wanted = json.loads(path.read_text()) if path.exists() else done, done
+    if done["config"] != wanted["config"] or done["frames"] != frames:
         raise BadInput(f"{path} was made with another config: delete it or choose another --out")
 
     def watched(student, cfg, frames, repeats):
@@ -1171,7 +1172,7 @@ def ablate(run, seeds, frames):
             continue
         bar.set_postfix_str(key)
         other.cfg = replace(cfg, seed=seed, **(VARIANTS | betas)[name])
-        other.out, other.path = folder, folder / "checkpoint.pt"
+        other.save = lambda: None
         other.state = {**run.state, "models": dict(run.state["models"]), "seconds": {}, "log": [], "partial": None}
 
         def watch(step, average):
@@ -1193,18 +1194,18 @@ def ablate(run, seeds, frames):
 
 def summarise(run, runs):
     """Print means with 95 % intervals, and for each claim whether that of the paired difference (the same seed on both
-    sides) excludes zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}."""
+    sides) lies above zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}."""
     names = [name for name in ("speed", "reward", "copy", "drift", "colour", "shape")
              if runs["DMD, EMA"][0][name] is not None]
     texts = {variant: {name: "{:.3f} +- {:.3f}".format(*interval([student[name] for student in runs[variant]]))
                        for name in names} for variant in VARIANTS}
     print(f"{run.cfg.distill_steps} student steps, {len(runs['DMD, EMA'])} seeds: mean and 95 % interval")
     print_table(texts)
-    for claim, new, old, name, above in CLAIMS:
+    for claim, new, old, name, above in (claim for claim in CLAIMS if claim[3] in names):
         # a sink is compared under both losses, one number a seed; a loss with the EMA sink
         pairs = [(f"{loss}, {new}", f"{loss}, {old}") for loss in LOSSES]
         pairs = pairs if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
-        mean, half = interval([statistics.mean(above(runs[a][i][name], runs[b][i][name]) for a, b in pairs)
+        mean, half = interval([np.mean([above(runs[a][i][name], runs[b][i][name]) for a, b in pairs])
                                for i in range(len(runs["DMD, EMA"]))])
         print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
 
@@ -1216,6 +1217,8 @@ def summarise(run, runs):
              for beta in sorted({*BETAS, run.cfg.beta}, reverse=True)}
     courses = {variant: {step: interval([student["course"][step] for student in runs[variant]])
                          for step in runs[variant][0]["course"]} for variant in VARIANTS if variant.endswith("EMA")}
+    if len(runs["DMD, EMA"]) == 1:                                          # no interval, no bar
+        courses = {name: {x: (mean, 0) for x, (mean, _) in course.items()} for name, course in courses.items()}
     save_curves(run.out / "ablation_curves.png", {
         "speed against alpha, one seed": {"": {x: (speed, 0) for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
         "speed against beta, one seed": {"": {x: (student["speed"], 0) for x, student in betas.items()}},
@@ -1228,16 +1231,15 @@ def save_curves(path, panels, width=330, height=220):
     pen = ImageDraw.Draw(page)
     for i, (title, curves) in enumerate(panels.items()):
         pen.text((i * width + 40, 4), title, "black")
-        points = [mean for curve in curves.values() for mean, _ in curve.values()]
-        low, scale = min(points) - 0.1, (height - 70) / (max(points) - min(points) + 0.2)
+        ends = [mean + side * half for curve in curves.values() for mean, half in curve.values() for side in (-1, 1)]
+        low, scale = min(ends) - 0.02, (height - 70) / (max(ends) - min(ends) + 0.04)
         for row, (colour, (name, curve)) in enumerate(zip(("black", "firebrick", "royalblue"), curves.items())):
             line = [(i * width + 50 + j * (width - 90) // max(1, len(curve) - 1), height - 40 - (mean - low) * scale)
                     for j, (mean, _) in enumerate(curve.values())]
             pen.line(line, colour, 2)
             pen.text((i * width + 40, 16 + 10 * row), name, colour)
             for (x, y), (label, (mean, half)) in zip(line, curve.items()):
-                reach = min(half, 0.1) * scale
-                pen.line([(x, y - reach), (x, y + reach)], colour)
+                pen.line([(x, y - half * scale), (x, y + half * scale)], colour)
                 pen.text((x - 8, height - 30), str(label), "black")
                 pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
     write_safely(path, lambda p: page.save(p, format="PNG"))
@@ -1342,12 +1344,10 @@ def fastest_attention(cfg, device, dtype):
     q, k = (torch.randn(1, cfg.heads, frames * cfg.tokens, cfg.head_dim, device=device, dtype=dtype)
             for frames in (cfg.chunk, cfg.window))
     seconds = {}
-    fast = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    for backend in (*fast, SDPBackend.MATH):
-        if backend in fast or not seconds:                                  # MATH, slow and large, only if alone
-            with sdpa_kernel(backend), contextlib.suppress(RuntimeError):   # raised where a backend is not offered
-                seconds[backend] = np.median(seconds_of(lambda: F.scaled_dot_product_attention(q, k, k), 5))
-    return min(seconds, key=seconds.get)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):       # raised where a backend is not offered
+            seconds[backend] = np.median(seconds_of(lambda: F.scaled_dot_product_attention(q, k, k), 5))
+    return min(seconds, key=seconds.get, default=SDPBackend.MATH)           # slow and large: only where nothing else is
 
 
 def pass_flops(cfg):
@@ -1363,16 +1363,14 @@ def pass_flops(cfg):
 
 @torch.no_grad()
 def bench(student, codec, cfg, chunks=20):
-    """Time rollouts with and without decoding; a dict of what --bench prints. Text is not encoded."""
+    """Time streams with and without decoding; a dict of what --bench prints. Text is not encoded."""
     device, dtype = student.weight.device, student.weight.dtype
-    text = torch.zeros(1, cfg.text_len, cfg.text_dim, device=device)
-    generator = seeded(cfg.seed, "bench", device=device)
-    draw = lambda: torch.randn(1, cfg.chunk, *cfg.latent, generator=generator, device=device)
-    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until the window is full
+    text = lambda captions: torch.zeros(1, cfg.text_len, cfg.text_dim)
+    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
 
     def timed(chunks, codec):                                               # seconds of every chunk
-        memory, latents = {}, rollout(student, text, cfg, draw, chunks)
-        return seconds_of(lambda: codec.decode(next(latents), memory) if codec else next(latents), chunks)
+        frames = stream(student, codec, text, cfg, [""])
+        return seconds_of(lambda: next(frames), chunks)
     first, again = timed(fill + 1, codec), timed(fill + 1, codec)           # again: warm
     steady, decoded = timed(fill + chunks, None)[fill:], timed(fill + chunks, codec)[fill:]
     n = 8192 if device.type == "cuda" else 1024
@@ -1409,8 +1407,8 @@ def parse(argv):
     parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
     parser.add_argument("--seeds", type=int, default=4, help="how many seeds --ablate takes")
     parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
-    parser.add_argument("--full", action="store_true", help="with --stream or --bench: the 1.3B model, not the toy")
-    parser.add_argument("--preset", choices=PRESETS, default="toy", help="whose sizes --bench measures")
+    parser.add_argument("--preset", choices=PRESETS, default="toy", help="of --stream and --bench; full is the 1.3B")
+    parser.add_argument("--full", dest="preset", action="store_const", const="full", help="the same as --preset full")
     parser.add_argument("--weights", help="with --full: a trainer's .pt, or a Wan2.1 folder of safetensors")
     parser.add_argument("--wan", help="with --full: Diffusers folder of Wan2.1-T2V-1.3B, for text encoder and VAE")
     parser.add_argument("--compile", action="store_true", help="compile the student: slow to start, faster to run")
@@ -1426,7 +1424,6 @@ def parse(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-    args.preset = "full" if args.full else args.preset
     if args.frames is None:
         args.frames = 81 if args.preset == "full" else 240
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
@@ -1448,8 +1445,7 @@ def open_toy(args, given, device, dtype):
 def open_full(args, given, device, dtype):
     """The same of the full size; for --bench of any preset, with random weights where none are given."""
     cfg = replace(PRESETS[args.preset], **given)
-    cfg.chunks_in(args.frames)
-    if args.stream and not (args.weights and args.wan):
+    if args.stream and cfg.chunks_in(args.frames) and not (args.weights and args.wan):
         raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
     with torch.device("meta"):
         student = VideoTransformer(cfg).to(dtype)
@@ -1470,7 +1466,8 @@ def open_full(args, given, device, dtype):
 
 def open_student(args, given, device, dtype):
     """The same and the attention to use; compiled if asked for. A pass in a full window has one shape, so one graph."""
-    student, codec, text, cfg = (open_toy if args.stream and not args.full else open_full)(args, given, device, dtype)
+    opened = open_toy if args.stream and args.preset == "toy" else open_full
+    student, codec, text, cfg = opened(args, given, device, dtype)
     if args.compile:
         student.compile(fullgraph=True, dynamic=False)
     backend = fastest_attention(cfg, device, dtype)
@@ -1492,12 +1489,12 @@ def stream_command(args, given, device, dtype):
             frames = frames.cpu()
             seconds.append(time.time() - began)
             yield frames
-    out = Path(args.out)
+    kind = "gif" if args.preset == "toy" else "mp4" if shutil.which("ffmpeg") else "webp"
+    path = Path(args.out) / f"stream.{kind}"
     with sdpa_kernel(backend):
-        if args.full and shutil.which("ffmpeg"):
-            path = save_mp4(out / "stream.mp4", clocked())
+        if kind == "mp4":
+            save_mp4(path, clocked(), cfg.width, cfg.height)
         else:
-            path = out / ("stream.webp" if args.full else "stream.gif")
             save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
     print(f"{args.frames} frames in {seconds[-1]:.2f} s: {args.frames / seconds[-1]:.0f} frames per second, the first "
           f"after {seconds[0]:.2f} s. They are in {path}")
