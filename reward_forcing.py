@@ -1155,9 +1155,9 @@ def ablate(run, seeds, frames):
     cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
     folder.mkdir(exist_ok=True)
     betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
-    done = {"config": run.state["config"], "frames": frames, "students": {}}
-    done, wanted = json.loads(path.read_text()) if path.exists() else done, done
-    if done["config"] != wanted["config"] or done["frames"] != frames:
+    empty = {"config": run.state["config"], "frames": frames, "students": {}}
+    done = json.loads(path.read_text()) if path.exists() else empty
+    if {**done, "students": {}} != empty:
         raise BadInput(f"{path} was made with another config: delete it or choose another --out")
 
     def watched(student, cfg, frames, repeats):
@@ -1177,18 +1177,19 @@ def ablate(run, seeds, frames):
 
         def watch(step, average):
             if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
-                course[step + 1] = watched(average, other.cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
+                few = 4 * cfg.window // cfg.chunk * cfg.chunk
+                course[str(step + 1)] = watched(average, other.cfg, few, 1)[1]["speed"]
         train_student(other, watch)
         student = other.model("student")
         videos, numbers = watched(student, other.cfg, frames, 2)
         if seed == seeds[0]:                                                # for the pictures
             torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], folder / f"{name}.pt")
             if name == "Re-DMD, EMA":
-                numbers["alphas"] = {alpha: watched(student, replace(other.cfg, alpha=alpha), frames, 1)[1]["speed"]
-                                     for alpha in ALPHAS}
+                others = {str(alpha): replace(other.cfg, alpha=alpha) for alpha in ALPHAS}
+                numbers["alphas"] = {x: watched(student, c, frames, 1)[1]["speed"] for x, c in others.items()}
         done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
         write_json(path, done)
-    students = [student for student in json.loads(path.read_text())["students"].values() if student["seed"] in seeds]
+    students = [student for student in done["students"].values() if student["seed"] in seeds]
     summarise(run, {name: [student for student in students if student["variant"] == name] for name in VARIANTS | betas})
 
 
@@ -1217,20 +1218,24 @@ def summarise(run, runs):
              for beta in sorted({*BETAS, run.cfg.beta}, reverse=True)}
     courses = {variant: {step: interval([student["course"][step] for student in runs[variant]])
                          for step in runs[variant][0]["course"]} for variant in VARIANTS if variant.endswith("EMA")}
-    if len(runs["DMD, EMA"]) == 1:                                          # no interval, no bar
-        courses = {name: {x: (mean, 0) for x, (mean, _) in course.items()} for name, course in courses.items()}
     save_curves(run.out / "ablation_curves.png", {
-        "speed against alpha, one seed": {"": {x: (speed, 0) for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
-        "speed against beta, one seed": {"": {x: (student["speed"], 0) for x, student in betas.items()}},
+        "speed against alpha, one seed": {
+            "": {x: interval([speed]) for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
+        "speed against beta, one seed": {"": {x: interval([student["speed"]]) for x, student in betas.items()}},
         "speed against step": courses})
 
 
 def save_curves(path, panels, width=330, height=220):
-    """One picture of small plots. panels: {title: {curve: {x label: (mean, half of its interval)}}}; x is in order."""
+    """One picture of small plots. panels: {title: {curve: {x label: (mean, half of its interval)}}}; x is in order.
+
+    An interval without bound, of a single seed, is not drawn.
+    """
     page = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(page)
     for i, (title, curves) in enumerate(panels.items()):
         pen.text((i * width + 40, 4), title, "black")
+        curves = {name: {x: (mean, half if half < math.inf else 0) for x, (mean, half) in curve.items()}
+                  for name, curve in curves.items()}
         ends = [mean + side * half for curve in curves.values() for mean, half in curve.values() for side in (-1, 1)]
         low, scale = min(ends) - 0.02, (height - 70) / (max(ends) - min(ends) + 0.04)
         for row, (colour, (name, curve)) in enumerate(zip(("black", "firebrick", "royalblue"), curves.items())):
@@ -1372,7 +1377,8 @@ def bench(student, codec, cfg, chunks=20):
         frames = stream(student, codec, text, cfg, [""])
         return seconds_of(lambda: next(frames), chunks)
     first, again = timed(fill + 1, codec), timed(fill + 1, codec)           # again: warm
-    steady, decoded = timed(fill + chunks, None)[fill:], timed(fill + chunks, codec)[fill:]
+    steady = timed(fill + chunks, None)[fill:]
+    decoded = timed(fill + chunks, codec)[fill:] if codec else None
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     roof = 2e-12 * n ** 3 / np.median(seconds_of(lambda: a @ a, 20))
@@ -1445,8 +1451,10 @@ def open_toy(args, given, device, dtype):
 def open_full(args, given, device, dtype):
     """The same of the full size; for --bench of any preset, with random weights where none are given."""
     cfg = replace(PRESETS[args.preset], **given)
-    if args.stream and cfg.chunks_in(args.frames) and not (args.weights and args.wan):
-        raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
+    if args.stream:
+        cfg.chunks_in(args.frames)                                          # refused before anything is loaded
+        if not (args.weights and args.wan):
+            raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
     with torch.device("meta"):
         student = VideoTransformer(cfg).to(dtype)
     if args.weights:
