@@ -114,7 +114,7 @@ class Config:
     teacher_lr: float = 0.08     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
     drop_caption: float = 0.1    # how often the teacher sees no caption, which guidance needs
     sample_steps: int = 16       # Euler steps of the teacher when it generates; a multiple of steps
-    guidance: float = 1.0        # x0 = cond + guidance (cond - uncond); 0 is none
+    guidance: float = 2.0        # x0 = cond + guidance (cond - uncond); 0 is none
     ode_clips: int = 192         # teacher trajectories that the student regresses
     ode_steps: int = 120         # training steps of that regression
     ode_batch: int = 16          # clips per regression step
@@ -124,7 +124,7 @@ class Config:
     critic_ratio: int = 2        # critic steps per student step
     student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
-    beta: float = 0.5            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    beta: float = 0.25           # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
@@ -180,7 +180,7 @@ PRESETS = {
     "toy": Config(),
     "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, rope_base=10000.0,
                    text_dim=4096, text_len=512, height=480, width=832, stride=8, time_stride=4, window=9,
-                   alpha=0.99, shift=5.0, clip=21, guidance=3.0),                     # Wan2.1-T2V-1.3B
+                   alpha=0.99, shift=5.0, clip=21, guidance=3.0, beta=0.5),                     # Wan2.1-T2V-1.3B
 }
 
 
@@ -551,7 +551,7 @@ def shape_overlaps(mask, centre):
     return torch.stack([overlap(mask, (edge + 0.5).clamp(0, 1)) for edge in inside], -1)
 
 
-def motion_reward(frames, captions=None, span=4):
+def motion_reward(frames, captions=None, span=2):
     """(B,): how far the object gets, in px per frame, counting only clean motion. Any callable like this will do.
 
     Over `span` frames: (net / span) (net / path) overlap^2, the mean over all starts. net is the straight distance,
@@ -1164,7 +1164,7 @@ def ablate(run, seeds, frames):
         captions = run.prompts * repeats
         videos = torch.cat(list(stream(student, run.codec, run.text, cfg, captions, frames, cfg.seed)), 1)
         return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
-    seeds = range(3, 3 + seeds)                                             # the toy was tuned on seeds 0 to 2
+    seeds = range(20, 20 + seeds)                                           # the toy was tuned on smaller ones
     jobs = [(name, seeds[0]) for name in betas] + [(name, seed) for seed in seeds for name in VARIANTS]
     for name, seed in (bar := tqdm(jobs, "ablation")):
         key, other, course = f"{name}, seed {seed}", copy.copy(run), {}
@@ -1531,7 +1531,7 @@ def main(argv=None):
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
             if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf):
-                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 4 and 0.5")
+                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 4 and 0.25")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students

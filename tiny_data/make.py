@@ -4,7 +4,7 @@
 
 What each thing is there for:
     colour, shape   in the caption; constant                   -> does the video obey its text?
-    speed           0 to 2 px/frame, never in the caption    -> what the reward chooses
+    speed           0 to 4 px/frame, never in the caption    -> what the reward chooses
     size            never in the caption, constant in a clip   -> shows whether a stream remembers
     tint            the ground's hue turns once in 48 frames   -> shows whether a stream copies its first frames
 """
@@ -70,8 +70,8 @@ def main(folder):
     for i in range(CLIPS_PER_CAPTION):
         for colour in COLOURS:
             for shape in SHAPES:
-                speed = 2.0 * (i + rng.random()) / CLIPS_PER_CAPTION
-                size = 5.2 + 2.3 * rng.random()
+                speed = 4.0 * (i + rng.random()) / CLIPS_PER_CAPTION
+                size = 4.2 + 3.3 * rng.random()
                 frames, moved = draw_clip(shape, colour, speed, size, 2 * math.pi * rng.random(),
                                           rng.random(), rng.random(), rng.random())
                 name = f"clips/{colour}_{shape}_{i}.png"
