@@ -157,10 +157,7 @@ class Config:
                   for k in ("beta", "shift", "rope_base", "teacher_lr", "ode_lr", "student_lr", "critic_lr"))):
             if not fits:
                 raise BadInput(wrong)
-
-    @property
-    def sigmas(self):
-        return [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
+        self.sigmas = [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
 
     def chunks_in(self, frames):
         """Chunks that make this many video frames. BadInput with the nearest numbers that work."""
@@ -193,15 +190,11 @@ def read_frames(path, size):
         (wide, high), side = frames[0].size, min(frames[0].size)
         frames = [frames[0].crop((x, y, x + side, y + side))
                   for y in range(0, high - side + 1, side) for x in range(0, wide - side + 1, side)]
-    frames = [frame if frame.size == size else ImageOps.fit(frame, size) for frame in frames]
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([ImageOps.fit(frame, size) for frame in frames])).permute(0, 3, 1, 2).contiguous()
 
 
 def load_clips(folder, cfg):
-    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists them.
-
-    Raises BadInput that names the file for a missing or wrong list, a caption without its clip, a broken or short clip.
-    """
+    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists."""
     listing, clips = Path(folder) / "captions.json", []
     try:
         entries = json.loads(listing.read_text())
@@ -267,10 +260,7 @@ class PatchCodec:
 
 
 class WordText:
-    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word.
-
-    It knows the words of `captions`; `words` lists them.
-    """
+    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word."""
     def __init__(self, cfg, captions):
         self.cfg, self.words = cfg, sorted({word for caption in captions for word in caption.lower().split()})
         if len(self.words) > cfg.text_dim:
@@ -420,7 +410,7 @@ class EMASinkCache:
             self.window[layer][1][:, :self.length] = values
 
     def evict(self, frames):
-        """Fold the oldest recent frames into the sink: one update per frame."""
+        """Fold the oldest recent frames into the sink, one update per frame; without a sink, drop them."""
         oldest = self.seen - self.held
         for i in range(frames if self.cfg.sink else 0):
             slot = self.sink[:, :, :, (oldest + i) % self.cfg.sink]
@@ -435,12 +425,11 @@ class EMASinkCache:
         here = self.rope[:, self.length:end]
         keys, values = self.window[layer]
         self.staged[layer] = k, v
+        q, k = rotate(q, here), rotate(k, here)
         if torch.is_grad_enabled():         # what carries gradient cannot be written in place
-            return (rotate(q, here), torch.cat([keys[:, :self.length], rotate(k, here)], 1),
-                    torch.cat([values[:, :self.length], v], 1))
-        keys[:, self.length:end] = rotate(k, here)
-        values[:, self.length:end] = v
-        return rotate(q, here), keys[:, :end], values[:, :end]
+            return q, torch.cat([keys[:, :self.length], k], 1), torch.cat([values[:, :self.length], v], 1)
+        keys[:, self.length:end], values[:, self.length:end] = k, v
+        return q, keys[:, :end], values[:, :end]
 
     @torch.no_grad()
     def append(self):
@@ -472,17 +461,12 @@ class VideoTransformer(nn.Module):
         nn.init.zeros_(self.head.head.weight)                               # starts by predicting no velocity
         nn.init.zeros_(self.head.head.bias)
 
-    @property
-    def weight(self):
-        """Any of its parameters, to ask for its device and dtype."""
-        return self.patch_embedding.weight
-
     def embed_text(self, text):
         """(B, T <= text_len, text_dim) -> every layer's cross-attention key and value; once per prompt.
 
         Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to.
         """
-        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])).to(self.weight.dtype)
+        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])).to(self.patch_embedding.weight)
         text = self.text_embedding(text)
         return [block.cross_attn.key_value(text) for block in self.blocks]
 
@@ -491,7 +475,7 @@ class VideoTransformer(nn.Module):
         half = self.cfg.freq_dim // 2
         freqs = 10000.0 ** (-torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
         angles = 1000 * sigma.double()[..., None] * freqs
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.weight.dtype)
+        return torch.cat([angles.cos(), angles.sin()], -1).to(self.patch_embedding.weight.dtype)
 
     def forward(self, x, sigma, text, cache=None):
         """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
@@ -499,7 +483,8 @@ class VideoTransformer(nn.Module):
         modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
         cfg = self.cfg
         rope = None if cache else rope_table(x.shape[1], cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, x.device)
-        h = F.linear(patchify(x).to(self.weight.dtype), self.weight.flatten(1), self.patch_embedding.bias)
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        h = F.linear(patchify(x).to(weight.dtype), weight.flatten(1), bias)     # the convolution as a matrix product
         for layer, block in enumerate(self.blocks):
             h = block(h, modulation, text[layer], rope, layer, cache)
         return unpatchify(self.head(h, time), cfg.rows).type_as(x)
@@ -617,9 +602,8 @@ def measure(frames, captions, cfg, first=None):
     quality = torch.where(shape[:, None] >= 0, overlaps.gather(2, named)[..., 0], overlaps.max(2).values)
     segment = max(cfg.chunk, frames.shape[1] // 30)
     segments = quality[:, :frames.shape[1] // segment * segment].unflatten(1, (-1, segment)).mean(2)
-    flat = unit(frames)
-    later = 0 if first is not None else min(cfg.window, frames.shape[1] - cfg.chunk)
-    similarity = flat[:, later:] @ (flat[:, :cfg.chunk] if first is None else unit(first)).mT
+    later = frames if first is not None else frames[:, min(cfg.window, frames.shape[1] - cfg.chunk):]
+    similarity = unit(later) @ unit(frames[:, :cfg.chunk] if first is None else first).mT
     return {"colour": rate((F.normalize(colour, dim=2) @ hues.T).argmax(2), wanted(COLOURS)),
             "shape": rate(overlaps.argmax(2), shape),
             "speed": (centre[:, 1:] - centre[:, :-1]).norm(dim=-1).mean().item(),
@@ -643,7 +627,7 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
         prompt = student.embed_text(text)
     cache = cache or EMASinkCache(cfg, len(xt), xt.device, prompt[0][0].dtype)
     for n in itertools.count() if chunks is None else range(chunks):
-        if n:                                                               # after chunk n - 1 was handed out: latency
+        if n:                                       # only now, so that chunk n - 1 is seen before its cache pass is run
             with torch.no_grad():
                 student(x0.detach(), sigmas[-1], prompt, cache)
             cache.append()
@@ -660,10 +644,7 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
 # ---------------------------------------------------------------------------------------------------------- Losses
 def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0):
-    """Mean squared error of the velocity, weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,).
-
-    text is what model.embed_text made of it.
-    """
+    """Mean of weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,), text from model.embed_text."""
     velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
     return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
 
@@ -845,15 +826,11 @@ class Run:
         even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return shift_sigma(even, self.cfg.shift).to(self.device)
 
-    def features(self, captions):
-        return self.text(captions).to(self.device)
-
     def train(self, stage, steps, models, optimizers, train_step, result):
         """Call train_step(step, generator) -> {name: number} `steps` times; models[result] is then the stage's result.
 
         Goes on where the checkpoint stopped. FloatingPointError, naming the step, if a logged number is not finite.
         """
-        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         partial, start = self.state["partial"], 0
         if partial and partial["stage"] == stage:
             start, self.began = partial["step"], time.time() - partial["seconds"]
@@ -862,10 +839,10 @@ class Run:
             for optimizer, saved in zip(optimizers, partial["optimizers"]):
                 optimizer.load_state_dict(saved)
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
-            for group, peak in zip((group for optimizer in optimizers for group in optimizer.param_groups), peaks):
-                group["lr"] = peak * min(1, (step + 1) / 20) * (1 - step / steps)
+            for o in optimizers:
+                o.param_groups[0]["lr"] = o.defaults["lr"] * min(1, (step + 1) / 20) * (1 - step / steps)
             numbers = train_step(step, seeded(self.cfg.seed, stage, step))
-            keep = (step + 1) % max(1, steps // 20) == 0                    # some 20 checkpoints a stage
+            keep = (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps      # some 20 checkpoints a stage
             if keep:
                 numbers["weights"] = sum(p.norm().item() for model in models.values() for p in model.parameters())
             if wrong := [name for name, number in numbers.items() if not math.isfinite(number)]:
@@ -901,7 +878,7 @@ def train_teacher(run):
             captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
         x0 = run.codec.encode(torch.stack(crops)).to(run.device)
         sigma = run.noise_levels(g, cfg.teacher_batch)
-        text = teacher.embed_text(run.features(captions))
+        text = teacher.embed_text(run.text(captions))
         loss = flow_matching_loss(teacher, x0, text, sigma, run.noise(g, *x0.shape[:2]))
         return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
     run.train("teacher", cfg.teacher_steps, {"teacher": teacher}, optimizers, train_step, "teacher")
@@ -930,7 +907,7 @@ def train_ode(run):
     """
     cfg, teacher = run.cfg, run.model("teacher")
     captions = [run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)]
-    text = run.features(captions)
+    text = run.text(captions)
     noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
     paths = teacher_trajectory(teacher, noise, text, cfg).unflatten(2, (-1, cfg.chunk))
     student = run.model("teacher", trainable=True)
@@ -969,11 +946,11 @@ def train_student(run, watch=lambda step, average: None):
         """Rollouts x (B, F, C, h, w), all stopped at one random step; their captions, text, noise and the cache."""
         captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
         exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
-        cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.features(captions)
+        cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.text(captions)
         chunks = rollout(student, text, cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
                          cfg.clip // cfg.chunk, exit_step, cache)
         x = torch.cat(list(chunks), 1)
-        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])
+        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])    # as DMD clamps
         return x, captions, text, sigma, noise, cache
 
     def judge(x, captions):
@@ -997,7 +974,7 @@ def train_student(run, watch=lambda step, average: None):
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
         beta = cfg.beta if cfg.tilt == "student" else math.inf
         loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
-        norm = update(student, student_optimizers, loss, 10.0)
+        norm = update(student, student_optimizers, loss, 10.0)              # the public code's limit
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
@@ -1006,7 +983,7 @@ def train_student(run, watch=lambda step, average: None):
                 "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
                 "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
     run.train("student", cfg.distill_steps, {"student": student, "critic": critic, "average": average},
-              student_optimizers + critic_optimizers, train_step, "average")
+              student_optimizers + critic_optimizers, train_step, "average")        # what streams is the average
 
 
 # ------------------------------------------------------------------------------------------------------- Streaming
@@ -1016,11 +993,11 @@ def stream(student, codec, text, cfg, captions, frames=None, seed=0):
     codec (None: the latents are not decoded) and text as PatchCodec and WordText. BadInput if frames does not make
     whole chunks.
     """
-    chunks, device = frames and cfg.chunks_in(frames), student.weight.device
+    chunks, device = None if frames is None else cfg.chunks_in(frames), student.patch_embedding.weight.device
     generator, shape = seeded(seed, "stream", device=device), (len(captions), cfg.chunk, *cfg.latent)
     draw = lambda: torch.randn(shape, generator=generator, device=device)
     memory = {}                                                             # what the codec keeps of earlier frames
-    for latents in rollout(student, text(captions).to(device), cfg, draw, chunks):
+    for latents in rollout(student, text(captions), cfg, draw, chunks):
         yield codec.decode(latents, memory) if codec else latents
 
 
@@ -1084,7 +1061,7 @@ def report(run, frames, repeats=4, part=60):
     """Stage 4: sample the captions `repeats` times from teacher and students, stream each of them, measure, draw."""
     cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
     part = min(part, frames)
-    captions, text = prompts * repeats, run.features(prompts * repeats)
+    captions, text = prompts * repeats, run.text(prompts * repeats)
     noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
     videos = {"teacher": run.codec.decode(teacher_trajectory(run.model("teacher"), noise, text, cfg)[:, -1])}
     for name in ("ode", "student"):
@@ -1107,8 +1084,7 @@ def report(run, frames, repeats=4, part=60):
                           "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
                "parameters": sum(p.numel() for p in run.model().parameters())}
     labels = {"data": "data", "teacher": "teacher", "ode": "student, ODE", "student": "student, Re-DMD"}
-    shown = {"data": data, **videos}
-    save_report(run.out / "report.png", {label: shown[key] for key, label in labels.items()}, prompts)
+    save_report(run.out / "report.png", dict(zip(labels.values(), [data, *videos.values()])), prompts)
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
@@ -1156,9 +1132,11 @@ def ablate(run, seeds, frames):
     folder.mkdir(exist_ok=True)
     betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
     empty = {"config": run.state["config"], "frames": frames, "students": {}}
-    done = json.loads(path.read_text()) if path.exists() else empty
+    done = {}
+    with contextlib.suppress(ValueError):
+        done = json.loads(path.read_text()) if path.exists() else empty
     if {**done, "students": {}} != empty:
-        raise BadInput(f"{path} was made with another config: delete it or choose another --out")
+        raise BadInput(f"{path} is damaged or was made with another config: delete it or choose another --out")
 
     def watched(student, cfg, frames, repeats):
         captions = run.prompts * repeats
@@ -1334,24 +1312,24 @@ class WanCodec:
 
 def seconds_of(work, times):
     """(times,) the seconds of each call of work(), until a GPU has finished what it was given."""
-    seconds = np.zeros(times)
-    for i in range(times):
-        began = time.perf_counter()
+    clock = [time.perf_counter()]
+    for _ in range(times):
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds[i] = time.perf_counter() - began
-    return seconds
+        clock.append(time.perf_counter())
+    return np.diff(clock)
 
 
 def fastest_attention(cfg, device, dtype):
     """Of the attentions that plain PyTorch offers here the fastest on one layer's pass in a full window."""
-    q, k = (torch.randn(1, cfg.heads, frames * cfg.tokens, cfg.head_dim, device=device, dtype=dtype)
-            for frames in (cfg.chunk, cfg.window))
+    q, k, text = (torch.randn(1, cfg.heads, tokens, cfg.head_dim, device=device, dtype=dtype)
+                  for tokens in (cfg.chunk * cfg.tokens, cfg.window * cfg.tokens, cfg.text_len))
+    both = lambda: [F.scaled_dot_product_attention(q, kv, kv) for kv in (k, text)]
     seconds = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with sdpa_kernel(backend), contextlib.suppress(RuntimeError):       # raised where a backend is not offered
-            seconds[backend] = np.median(seconds_of(lambda: F.scaled_dot_product_attention(q, k, k), 5))
+            seconds[backend] = np.median(seconds_of(both, 5))
     return min(seconds, key=seconds.get, default=SDPBackend.MATH)           # slow and large: only where nothing else is
 
 
@@ -1369,7 +1347,7 @@ def pass_flops(cfg):
 @torch.no_grad()
 def bench(student, codec, cfg, chunks=20):
     """Time streams with and without decoding; a dict of what --bench prints. Text is not encoded."""
-    device, dtype = student.weight.device, student.weight.dtype
+    device, dtype = student.patch_embedding.weight.device, student.patch_embedding.weight.dtype
     text = lambda captions: torch.zeros(1, cfg.text_len, cfg.text_dim)
     fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
 
@@ -1435,49 +1413,41 @@ def parse(argv):
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
-def open_toy(args, given, device, dtype):
-    """(student, codec, text, cfg) of the checkpoint in args.out; alpha, sink, window, seed may differ from training."""
-    path = Path(args.out) / "checkpoint.pt"
-    state = load_checkpoint(path)
-    if state is None or "student" not in state["models"]:
-        raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
-    cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
-    refuse_other_config(path, state["config"], asdict(cfg), free=("alpha", "sink", "window", "seed"))
-    student = VideoTransformer(cfg)
-    student.load_state_dict(state["models"]["student"])
-    return student.to(device), PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"]), cfg
-
-
-def open_full(args, given, device, dtype):
-    """The same of the full size; for --bench of any preset, with random weights where none are given."""
-    cfg = replace(PRESETS[args.preset], **given)
-    if args.stream:
-        cfg.chunks_in(args.frames)                                          # refused before anything is loaded
-        if not (args.weights and args.wan):
-            raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
-    with torch.device("meta"):
-        student = VideoTransformer(cfg).to(dtype)
-    if args.weights:
-        load_weights(student, args.weights)
-    else:
-        student.to_empty(device=device)
-        for p in student.parameters():
-            nn.init.normal_(p, std=0.02)
-    if args.preset != "full":
-        codec = PatchCodec.fit(cfg, load_clips(args.data, cfg)[0])
-    elif args.wan or importlib.util.find_spec("diffusers"):
-        codec = WanCodec(args.wan, device, dtype)
-    else:
-        codec = None                                                        # --bench says so
-    return student.to(device, dtype), codec, WanText(args.wan, cfg, device, dtype) if args.stream else None, cfg
-
-
 def open_student(args, given, device, dtype):
-    """The same and the attention to use; compiled if asked for. A pass in a full window has one shape, so one graph."""
-    opened = open_toy if args.stream and args.preset == "toy" else open_full
-    student, codec, text, cfg = opened(args, given, device, dtype)
+    """(student, codec, text, cfg, attention to use). --stream takes the toy of args.out, whose alpha, sink, window and
+    seed may differ from training, or the full size of args.weights and args.wan; --bench needs no trained weights."""
+    if args.stream and args.preset == "toy":
+        path = Path(args.out) / "checkpoint.pt"
+        state = load_checkpoint(path)
+        if state is None or "student" not in state["models"]:
+            raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
+        cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
+        refuse_other_config(path, state["config"], asdict(cfg), free=("alpha", "sink", "window", "seed"))
+        student, codec, text = VideoTransformer(cfg), PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])
+        student.load_state_dict(state["models"]["student"])
+    else:
+        cfg = replace(PRESETS[args.preset], **given)
+        if args.stream:
+            cfg.chunks_in(args.frames)                                      # refused before anything is loaded
+            if not (args.weights and args.wan):
+                raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
+        with torch.device("meta"):
+            student = VideoTransformer(cfg).to(dtype)
+        if args.weights:
+            load_weights(student, args.weights)
+        else:
+            student.to_empty(device=device)
+            for p in student.parameters():
+                nn.init.normal_(p, std=0.02)
+        codec = None                                                        # --bench says so
+        if args.preset != "full":
+            codec = PatchCodec.fit(cfg, load_clips(args.data, cfg)[0])
+        elif args.wan or importlib.util.find_spec("diffusers"):
+            codec = WanCodec(args.wan, device, dtype)
+        text = WanText(args.wan, cfg, device, dtype) if args.stream else None
+    student.to(device, dtype)
     if args.compile:
-        student.compile(fullgraph=True, dynamic=False)
+        student.compile(fullgraph=True, dynamic=False)                      # a full window has one shape, so one graph
     backend = fastest_attention(cfg, device, dtype)
     print(f"attention {backend.name}{', compiled' if args.compile else ''}")
     return student, codec, text, cfg, backend
@@ -1530,8 +1500,10 @@ def main(argv=None):
         elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
-            if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf):
-                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)} and a finite --beta: try 4 and 0.25")
+            if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf and cfg.sink
+                                    and cfg.alpha < 1):
+                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)}, a finite --beta, a --sink and an "
+                               "--alpha below 1: try 4, 0.25, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
@@ -1543,7 +1515,7 @@ def main(argv=None):
                            "--bench measures speed")
         return 0
     except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:     # OSError: of a folder given by flag
-        reason = str(error) or "stopped; training goes on from its last checkpoint when --toy is given again"
+        reason = str(error) or "stopped; --toy given again goes on from its last checkpoint"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 

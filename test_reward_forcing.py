@@ -296,7 +296,8 @@ def test_stream_memory_is_constant():
     cache = EMASinkCache(SMALL, 1)
     size, seen = [], rollout(VideoTransformer(SMALL), torch.zeros(1, 3, SMALL.text_dim), SMALL, noise_of(SMALL, 1, torch.float32), cache=cache)
     for _, _ in zip(range(40), seen):                           # chunks=None goes on for ever
-        size.append(sum(t.untyped_storage().nbytes() for t in vars(cache).values() if isinstance(t, torch.Tensor)))
+        held = [cache.sink, cache.recent, *(kv for layer in cache.window + cache.staged for kv in layer)]
+        size.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()))
     assert len(set(size[1:])) == 1 and cache.sink.dtype == torch.float32
 
 
