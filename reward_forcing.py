@@ -346,14 +346,14 @@ class Block(nn.Module):
         with torch.no_grad():
             self.modulation[:, [2, 5]] += 0.3                               # gates: start with open branches
 
-    def forward(self, x, time, text, rope, layer, cache):
-        """x (B, F, N, dim); time (B, 1, 6, dim); text: this layer's cross-attention key and value."""
+    def forward(self, x, time, prompt, rope, layer, cache):
+        """x (B, F, N, dim); time (B, 1, 6, dim); prompt: this layer's cross-attention key and value."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(3)
         h = modulated_norm(x, shift1, scale1).flatten(1, 2)                               # (B, F*N, dim)
         q, (k, v) = self.self_attn.query(h), self.self_attn.key_value(h)
         q, k, v = cache.attend(layer, q, k, v) if cache else (rotate(q, rope), rotate(k, rope), v)
         x = x + gate1 * self.self_attn(q, k, v).view_as(x)
-        x = x + self.cross_attn(self.cross_attn.query(self.norm3(x).flatten(1, 2)), *text).view_as(x)
+        x = x + self.cross_attn(self.cross_attn.query(self.norm3(x).flatten(1, 2)), *prompt).view_as(x)
         return x + gate2 * self.ffn(modulated_norm(x, shift2, scale2))
 
 
@@ -446,8 +446,9 @@ class EMASinkCache:
 class VideoTransformer(nn.Module):
     """Wan2.1's text-to-video transformer (2503.20314), its parameter names included: toy, teacher, critic and student.
 
-    model(x, sigma, model.embed_text(text)) sees the whole clip: bidirectional, the teacher and the critic.
-    model(x, sigma, model.embed_text(text), cache) sees the cached past and its own chunk: causal, the student.
+    prompt = model.embed_text(text), text (B, T, text_dim) being what a text encoder made of the captions.
+    model(x, sigma, prompt) sees the whole clip: bidirectional, the teacher and the critic.
+    model(x, sigma, prompt, cache) sees the cached past and its own chunk: causal, the student.
     """
     def __init__(self, cfg):
         super().__init__()
@@ -477,7 +478,7 @@ class VideoTransformer(nn.Module):
         angles = 1000 * sigma.double()[..., None] * freqs
         return torch.cat([angles.cos(), angles.sin()], -1).to(self.patch_embedding.weight.dtype)
 
-    def forward(self, x, sigma, text, cache=None):
+    def forward(self, x, sigma, prompt, cache=None):
         """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
         time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
         modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
@@ -486,7 +487,7 @@ class VideoTransformer(nn.Module):
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         h = F.linear(patchify(x).to(weight.dtype), weight.flatten(1), bias)     # the convolution as a matrix product
         for layer, block in enumerate(self.blocks):
-            h = block(h, modulation, text[layer], rope, layer, cache)
+            h = block(h, modulation, prompt[layer], rope, layer, cache)
         return unpatchify(self.head(h, time), cfg.rows).type_as(x)
 
 
@@ -643,9 +644,9 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- Losses
-def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0):
-    """Mean of weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,), text from model.embed_text."""
-    velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, text)
+def flow_matching_loss(model, x0, prompt, sigma, noise, weight=1.0):
+    """Mean of weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,), prompt from model.embed_text."""
+    velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, prompt)
     return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
 
 
@@ -878,8 +879,8 @@ def train_teacher(run):
             captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
         x0 = run.codec.encode(torch.stack(crops)).to(run.device)
         sigma = run.noise_levels(g, cfg.teacher_batch)
-        text = teacher.embed_text(run.text(captions))
-        loss = flow_matching_loss(teacher, x0, text, sigma, run.noise(g, *x0.shape[:2]))
+        prompt = teacher.embed_text(run.text(captions))
+        loss = flow_matching_loss(teacher, x0, prompt, sigma, run.noise(g, *x0.shape[:2]))
         return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
     run.train("teacher", cfg.teacher_steps, {"teacher": teacher}, optimizers, train_step, "teacher")
 

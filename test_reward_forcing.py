@@ -735,6 +735,8 @@ def test_ablation_trains_every_variant_with_its_own_loss_and_sink_and_resumes(tm
     copies = [students[f"{loss}, static, seed {s}"]["copy"] - students[f"{loss}, EMA, seed {s}"]["copy"] for loss in rf.LOSSES for s in (20, 21)]
     assert f"EMA against static: copy is lower                {np.mean(copies):+.3f}" in printed     # above zero is what is claimed
     assert Image.open(tmp_path / "ablation.png").size[1] > 7 * 70 and (tmp_path / "ablation_curves.png").exists()
+    (tmp_path / "ablation.json").write_text("{")
+    assert rf.main(args) == 2 and "ablation.json is damaged or" in capsys.readouterr().err
 
 
 def test_tilt_weighs_the_critics_loss_and_leaves_the_students_alone():
@@ -986,6 +988,8 @@ def test_stream_writes_a_gif_and_refuses_bad_input_with_exit_code_2(trained, cap
     refused(["--toy", "--full", *out], "--stream or --bench")
     refused(["--stream", "--full", "--prompt", "a panda", *out], "--weights and --wan")
     refused(["--toy", "--ablate", "--seeds", "11", *out], "--seeds from 1 to 10")
+    refused(["--toy", "--ablate", "--sink", "0", *out], "a --sink and an --alpha below 1")
+    refused(["--toy", "--ablate", "--alpha", "1", *out], "a --sink and an --alpha below 1")
     refused(["--toy", "--out", "/dev/null/x", *TINY], "/dev/null/x", "cannot be written")
     refused(["--toy", "--data", str(trained[0]), *out], "captions.json")
     refused(["--toy", "--reward", "nothing:here", *out, *TINY], "nothing:here")
@@ -1007,6 +1011,15 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
 def test_ruined_weights_are_never_saved(tmp_path, capsys):
     assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30"]) == 1       # a checkpoint every step
     assert "teacher step 0: weights" in capsys.readouterr().err and not (tmp_path / "checkpoint.pt").exists()
+    run = rf.Run(TOY, tmp_path, HERE / "tiny_data", "cpu")
+    model = run.model(trainable=True)
+
+    def train_step(step, g):                                                # the last of 41 steps ruins the weights
+        if step == 40:
+            model.head.head.weight.data.fill_(math.nan)
+        return {"loss": 1.0}
+    with pytest.raises(FloatingPointError, match="teacher step 40: weights"):
+        run.train("teacher", 41, {"teacher": model}, [], train_step, "teacher")
 
 
 def test_another_reward_can_take_its_place(data, tmp_path, monkeypatch):

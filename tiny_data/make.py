@@ -4,7 +4,7 @@
 
 What each thing is there for:
     colour, shape   in the caption; constant                   -> does the video obey its text?
-    speed           0 to 4 px/frame, never in the caption    -> what the reward chooses
+    speed           0 to 4 px/frame, never in the caption      -> what the reward chooses
     size            never in the caption, constant in a clip   -> shows whether a stream remembers
     tint            the ground's hue turns once in 48 frames   -> shows whether a stream copies its first frames
 """
