@@ -194,7 +194,10 @@ def read_frames(path, size):
 
 
 def load_clips(folder, cfg):
-    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists."""
+    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists.
+
+    BadInput that names the file: a missing or wrong list, a caption without its clip, a broken or short clip.
+    """
     listing, clips = Path(folder) / "captions.json", []
     try:
         entries = json.loads(listing.read_text())
