@@ -44,9 +44,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +124,7 @@ class Config:
     distill_steps: int = 60      # student steps of Re-DMD
     distill_batch: int = 12      # rollouts per student or critic step
     critic_ratio: int = 2        # critic steps per student step
-    student_lr: float = 0.006    # see teacher_lr
+    student_lr: float = 0.0075   # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
     beta: float = 0.25           # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
@@ -1146,18 +1148,18 @@ def ablate(run, seeds, frames):
         captions = run.prompts * repeats
         videos = torch.cat(list(stream(student, run.codec, run.text, cfg, captions, frames, cfg.seed)), 1)
         return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
-    seeds = range(20, 20 + seeds)                                           # the toy was tuned on smaller ones
-    jobs = [(name, seeds[0]) for name in betas] + [(name, seed) for seed in seeds for name in VARIANTS]
-    for name, seed in (bar := tqdm(jobs, "ablation")):
-        key, other, course = f"{name}, seed {seed}", copy.copy(run), {}
-        if key in done["students"]:
-            continue
-        bar.set_postfix_str(key)
+
+    stopped = threading.Event()
+
+    def distil(job):
+        (name, seed), other, course = job, copy.copy(run), {}
         other.cfg = replace(cfg, seed=seed, **(VARIANTS | betas)[name])
         other.save = lambda: None
         other.state = {**run.state, "models": dict(run.state["models"]), "seconds": {}, "log": [], "partial": None}
 
         def watch(step, average):
+            if stopped.is_set():
+                raise RuntimeError("stopped")
             if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
                 few = 4 * cfg.window // cfg.chunk * cfg.chunk
                 course[str(step + 1)] = watched(average, other.cfg, few, 1)[1]["speed"]
@@ -1169,8 +1171,20 @@ def ablate(run, seeds, frames):
             if name == "Re-DMD, EMA":
                 others = {str(alpha): replace(other.cfg, alpha=alpha) for alpha in ALPHAS}
                 numbers["alphas"] = {x: watched(student, c, frames, 1)[1]["speed"] for x, c in others.items()}
-        done["students"][key] = {"variant": name, "seed": seed, **numbers, "course": course}
-        write_json(path, done)
+        return f"{name}, seed {seed}", {"variant": name, "seed": seed, **numbers, "course": course}
+
+    seeds = range(30, 30 + seeds)                                           # the toy was tuned on smaller ones
+    jobs = [(name, seeds[0]) for name in betas] + [(name, seed) for seed in seeds for name in VARIANTS]
+    left = [job for job in jobs if "{}, seed {}".format(*job) not in done["students"]]
+    pool = ThreadPool(2, torch.set_num_threads, (1,))                       # two students at once, a core for each
+    try:
+        for key, student in tqdm(pool.imap(distil, left), "ablation", len(jobs), initial=len(jobs) - len(left)):
+            done["students"][key] = student
+            write_json(path, done)
+    finally:                                                                # interrupted, say
+        stopped.set()
+        pool.terminate()
+        pool.join()
     students = [student for student in done["students"].values() if student["seed"] in seeds]
     summarise(run, {name: [student for student in students if student["variant"] == name] for name in VARIANTS | betas})
 
@@ -1393,7 +1407,7 @@ def parse(argv):
     parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
     parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
     parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
-    parser.add_argument("--seeds", type=int, default=4, help="how many seeds --ablate takes")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds --ablate takes")
     parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="of --stream and --bench; full is the 1.3B")
     parser.add_argument("--full", dest="preset", action="store_const", const="full", help="the same as --preset full")
@@ -1507,7 +1521,7 @@ def main(argv=None):
             if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf and cfg.sink
                                     and cfg.alpha < 1):
                 raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)}, a finite --beta, a --sink and an "
-                               "--alpha below 1: try 4, 0.25, 3 and 0.9")
+                               "--alpha below 1: try 5, 0.25, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
