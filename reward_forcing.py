@@ -44,11 +44,10 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing.pool import ThreadPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -794,7 +793,7 @@ class Run:
     every finished stage, and the seconds it took; log; partial: step, weights, optimisers of the stage under way.
     """
     def __init__(self, cfg, out, data, device):
-        self.cfg, self.out, self.device = cfg, Path(out), device
+        self.cfg, self.out, self.data, self.device = cfg, Path(out), data, device
         self.clips, self.captions = load_clips(data, cfg)
         self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
         self.reward = find_reward(cfg.reward, self.clips, self.captions, cfg)
@@ -1128,65 +1127,65 @@ def interval(numbers):
     return np.mean(numbers), STUDENT_T[n - 1] * np.std(numbers, ddof=1) / n ** 0.5 if n > 1 else math.inf
 
 
-def ablate(run, seeds, frames):
-    """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
+def distil(job):
+    """A student with the loss, sink and seed of its own config, in a process of its own: {measure: number} of streams.
 
-    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
-    and in the folder ablation/ the frames that the picture shows.
+    job: what makes the run (Run), the student's config and name, frames to stream, and where to put the frames that the
+    picture shows, or None.
     """
-    cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
-    folder.mkdir(exist_ok=True)
-    betas = {f"beta {beta:g}": {"beta": beta, "tilt": "student"} for beta in BETAS if beta not in (math.inf, cfg.beta)}
-    empty = {"config": run.state["config"], "frames": frames, "students": {}}
-    done = {}
-    with contextlib.suppress(ValueError):
-        done = json.loads(path.read_text()) if path.exists() else empty
-    if {**done, "students": {}} != empty:
-        raise BadInput(f"{path} is damaged or was made with another config: delete it or choose another --out")
+    of, cfg, name, frames, folder = job
+    run, course = Run(*of), {}
+    run.cfg, run.save, run.state["partial"] = cfg, lambda: None, None
 
     def watched(student, cfg, frames, repeats):
         captions = run.prompts * repeats
         videos = torch.cat(list(stream(student, run.codec, run.text, cfg, captions, frames, cfg.seed)), 1)
         return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
 
-    stopped = threading.Event()
+    def watch(step, average):
+        if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
+            few = 4 * cfg.window // cfg.chunk * cfg.chunk
+            course[str(step + 1)] = watched(average, cfg, few, 1)[1]["speed"]
+    train_student(run, watch)
+    student = run.model("student")
+    videos, numbers = watched(student, cfg, frames, 2)
+    if folder:
+        torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], folder / f"{name}.pt")
+        if name == "Re-DMD, EMA":
+            others = {str(alpha): replace(cfg, alpha=alpha) for alpha in ALPHAS}
+            numbers["alphas"] = {x: watched(student, other, frames, 1)[1]["speed"] for x, other in others.items()}
+    return {"variant": name, "seed": cfg.seed, **numbers, "course": course}
 
-    def distil(job):
-        (name, seed), other, course = job, copy.copy(run), {}
-        other.cfg = replace(cfg, seed=seed, **(VARIANTS | betas)[name])
-        other.save = lambda: None
-        other.state = {**run.state, "models": dict(run.state["models"]), "seconds": {}, "log": [], "partial": None}
 
-        def watch(step, average):
-            if stopped.is_set():
-                raise RuntimeError("stopped")
-            if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
-                few = 4 * cfg.window // cfg.chunk * cfg.chunk
-                course[str(step + 1)] = watched(average, other.cfg, few, 1)[1]["speed"]
-        train_student(other, watch)
-        student = other.model("student")
-        videos, numbers = watched(student, other.cfg, frames, 2)
-        if seed == seeds[0]:                                                # for the pictures
-            torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], folder / f"{name}.pt")
-            if name == "Re-DMD, EMA":
-                others = {str(alpha): replace(other.cfg, alpha=alpha) for alpha in ALPHAS}
-                numbers["alphas"] = {x: watched(student, c, frames, 1)[1]["speed"] for x, c in others.items()}
-        return f"{name}, seed {seed}", {"variant": name, "seed": seed, **numbers, "course": course}
+def ablate(run, seeds, frames):
+    """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
 
+    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
+    and in the folder ablation/ the frames that the picture shows. As many students at a time as there are threads.
+    """
+    cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
+    folder.mkdir(exist_ok=True)
+    variants = VARIANTS | {f"beta {beta:g}": {"beta": beta, "tilt": "student"}
+                           for beta in BETAS if beta not in (math.inf, cfg.beta)}
+    empty = {"config": run.state["config"], "frames": frames, "students": {}}
+    done = {}
+    with contextlib.suppress(ValueError):
+        done = json.loads(path.read_text()) if path.exists() else empty
+    if {**done, "students": {}} != empty:
+        raise BadInput(f"{path} is damaged or was made with another config: delete it or choose another --out")
     seeds = range(30, 30 + seeds)                                           # the toy was tuned on smaller ones
-    jobs = [(name, seeds[0]) for name in betas] + [(name, seed) for seed in seeds for name in VARIANTS]
-    left = [job for job in jobs if "{}, seed {}".format(*job) not in done["students"]]
-    pool = ThreadPool(2, torch.set_num_threads, (1,))                       # two students at once, a core for each
-    try:
-        for key, student in tqdm(pool.imap(distil, left), "ablation", len(jobs), initial=len(jobs) - len(left)):
+    jobs = {f"{name}, seed {seed}": ((cfg, run.out, run.data, run.device), replace(cfg, seed=seed, **variants[name]),
+                                     name, frames, folder if seed == seeds[0] else None)
+            for seed in seeds for name in (variants if seed == seeds[0] else VARIANTS)}
+    left = [key for key in jobs if key not in done["students"]]
+    os.environ["TQDM_DISABLE"] = "1"                                        # in the processes to come
+    with get_context("spawn").Pool(min(8, torch.get_num_threads()), torch.set_num_threads, (1,)) as pool:
+        students = pool.imap(distil, [jobs[key] for key in left])
+        for key, student in zip(left, tqdm(students, "ablation", len(jobs), initial=len(jobs) - len(left))):
             done["students"][key] = student
             write_json(path, done)
-    finally:                                                                # interrupted, say
-        stopped.set()
-        pool.terminate()
-        pool.join()
-    students = [student for student in done["students"].values() if student["seed"] in seeds]
-    summarise(run, {name: [student for student in students if student["variant"] == name] for name in VARIANTS | betas})
+    students = [done["students"][key] for key in jobs]
+    summarise(run, {name: [student for student in students if student["variant"] == name] for name in variants})
 
 
 def summarise(run, runs):
