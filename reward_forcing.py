@@ -123,9 +123,9 @@ class Config:
     distill_steps: int = 60      # student steps of Re-DMD
     distill_batch: int = 12      # rollouts per student or critic step
     critic_ratio: int = 2        # critic steps per student step
-    student_lr: float = 0.0075   # see teacher_lr
+    student_lr: float = 0.006    # see teacher_lr
     critic_lr: float = 0.01      # see teacher_lr
-    beta: float = 0.25           # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
+    beta: float = 0.2            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
     tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
     ema: float = 0.9             # moving average of the student's weights, which is what streams
     reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
@@ -1173,7 +1173,7 @@ def ablate(run, seeds, frames):
         done = json.loads(path.read_text()) if path.exists() else empty
     if {**done, "students": {}} != empty:
         raise BadInput(f"{path} is damaged or was made with another config: delete it or choose another --out")
-    seeds = range(30, 30 + seeds)                                           # the toy was tuned on smaller ones
+    seeds = range(40, 40 + seeds)                                           # the toy was tuned on smaller ones
     jobs = {f"{name}, seed {seed}": ((cfg, run.out, run.data, run.device), replace(cfg, seed=seed, **variants[name]),
                                      name, frames, folder if seed == seeds[0] else None)
             for seed in seeds for name in (variants if seed == seeds[0] else VARIANTS)}
@@ -1520,7 +1520,7 @@ def main(argv=None):
             if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf and cfg.sink
                                     and cfg.alpha < 1):
                 raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)}, a finite --beta, a --sink and an "
-                               "--alpha below 1: try 5, 0.25, 3 and 0.9")
+                               "--alpha below 1: try 5, 0.2, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
