@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "numpy", "tqdm", "pillow"]
+# dependencies = ["torch>=2.6", "numpy", "tqdm>=4.66", "pillow"]
 # ///
 """Reward Forcing: a video model that generates for ever, in one file (after arXiv 2512.04678).
 
@@ -31,7 +31,6 @@ Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan
 """
 import argparse
 import contextlib
-import copy
 import difflib
 import functools
 import importlib.util
@@ -46,8 +45,10 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,8 @@ class PatchCodec:
         return codec
 
     def patches(self, frames):
-        x = F.pixel_unshuffle(frames.flatten(0, 1).float() / 127.5 - 1, self.stride)
-        return x.unflatten(0, frames.shape[:2]).permute(0, 1, 3, 4, 2)  # (B, F, h, w, 3*stride*stride) in [-1, 1]
+        """(B, F, h, w, 3*stride*stride) in [-1, 1]"""
+        return F.pixel_unshuffle(frames.float() / 127.5 - 1, self.stride).permute(0, 1, 3, 4, 2)
 
     def encode(self, frames):
         z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
@@ -259,8 +260,7 @@ class PatchCodec:
         """memory, a dict that lives as long as a stream, is for codecs whose frames depend on earlier ones."""
         z = latents.float().cpu().permute(0, 1, 3, 4, 2)
         x = (z * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
-        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride)
-        return to_bytes(x.unflatten(0, latents.shape[:2]))
+        return to_bytes(F.pixel_shuffle(x.permute(0, 1, 4, 2, 3), self.stride))
 
 
 class WordText:
@@ -571,12 +571,14 @@ def find_reward(name, clips, captions, cfg):
     try:
         module, _, function = name.partition(":")
         reward = motion_reward if name == "motion" else getattr(importlib.import_module(module), function)
+        reward = torch.no_grad()(reward)
         scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
         mean, deviation = scores.mean(), scores.std()
         if scores.shape != (len(pieces),) or not deviation > 1e-6:
             raise ValueError(f"{len(pieces)} clips gave {tuple(scores.shape)} numbers of deviation {deviation:.3g}")
     except Exception as error:                                              # whatever the user's module raises
-        raise BadInput(f"--reward {name} cannot be used ({error}): give motion, or module:function")
+        raise BadInput(f"--reward {name} cannot be used ({error}): give motion or module:function, and "
+                       "clips that it tells apart")
     return lambda frames, captions: (reward(frames, captions) - mean) / deviation
 
 
@@ -597,14 +599,14 @@ def measure(frames, captions, cfg, first=None):
     def rate(best, target):
         named, best = target >= 0, torch.where(mask.sum((2, 3)) > 0, best, -1)     # nothing there is wrong
         return (best[named] == target[named, None]).float().mean().item() if named.any() else None
+
     def unit(x):                                                            # inner products are then correlations
         x = x.float().flatten(2)
         return F.normalize(x - x.mean(2, keepdim=True), dim=2)
     mask, centre, colour = track(frames)
     hues = F.normalize(torch.tensor(list(COLOURS.values())).float(), dim=1)
     overlaps, shape = shape_overlaps(mask, centre), wanted(SHAPES)
-    named = shape.clamp_min(0)[:, None, None].expand(-1, frames.shape[1], 1)
-    quality = torch.where(shape[:, None] >= 0, overlaps.gather(2, named)[..., 0], overlaps.max(2).values)
+    quality = torch.where(shape[:, None] >= 0, overlaps[torch.arange(len(shape)), :, shape], overlaps.max(2).values)
     segment = max(cfg.chunk, frames.shape[1] // 30)
     segments = quality[:, :frames.shape[1] // segment * segment].unflatten(1, (-1, segment)).mean(2)
     later = frames if first is not None else frames[:, min(cfg.window, frames.shape[1] - cfg.chunk):]
@@ -911,8 +913,7 @@ def train_ode(run):
     Each chunk has its own noise level; its context is the trajectory's clean end, through the cache as in streaming.
     """
     cfg, teacher = run.cfg, run.model("teacher")
-    captions = [run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)]
-    text = run.text(captions)
+    text = run.text([run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)])
     noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
     paths = teacher_trajectory(teacher, noise, text, cfg).unflatten(2, (-1, cfg.chunk))
     student = run.model("teacher", trainable=True)
@@ -1018,14 +1019,12 @@ def save_gif(path, videos, scale=3, columns=4):
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
     frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2)
     first, *rest = [picture(frame, scale) for frame in frames]
-    options = {"format": path.suffix[1:], "save_all": True, "append_images": rest, "duration": 60, "loop": 0}
-    write_safely(path, lambda p: first.save(p, **options))
+    write_safely(path, lambda p: first.save(p, path.suffix[1:], save_all=True, append_images=rest, duration=60, loop=0))
 
 
-def save_mp4(path, chunks, width, height, fps=16):
-    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come."""
-    size = f"{width}x{height}"
-    command = f"ffmpeg -y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {fps} -i - -pix_fmt yuv420p".split()
+def save_mp4(path, chunks, width, height):
+    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come, for 16 frames per second."""
+    command = f"ffmpeg -y -v error -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r 16 -i - -pix_fmt yuv420p".split()
     with contextlib.suppress(BrokenPipeError), subprocess.Popen([*command, path], stdin=subprocess.PIPE) as ffmpeg:
         for frames in chunks:
             ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
@@ -1128,10 +1127,10 @@ def interval(numbers):
 
 
 def distil(job):
-    """A student with the loss, sink and seed of its own config, in a process of its own: {measure: number} of streams.
+    """Train one student, in a worker process, and stream it; returns what ablation.json holds of it.
 
-    job: what makes the run (Run), the student's config and name, frames to stream, and where to put the frames that the
-    picture shows, or None.
+    job: what makes the Run, the student's config and name, frames to stream, and the folder for what the picture shows,
+    or None.
     """
     of, cfg, name, frames, folder = job
     run, course = Run(*of), {}
@@ -1161,7 +1160,7 @@ def ablate(run, seeds, frames):
     """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
 
     Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
-    and in the folder ablation/ the frames that the picture shows. As many students at a time as there are threads.
+    and in the folder ablation/ the frames that the picture shows. Up to 8 students at a time, one to a thread.
     """
     cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
     folder.mkdir(exist_ok=True)
@@ -1171,19 +1170,28 @@ def ablate(run, seeds, frames):
     done = {}
     with contextlib.suppress(ValueError):
         done = json.loads(path.read_text()) if path.exists() else empty
-    if {**done, "students": {}} != empty:
-        raise BadInput(f"{path} is damaged or was made with another config: delete it or choose another --out")
+    if not isinstance(done, dict) or {**done, "students": {}} != empty:
+        raise BadInput(f"{path} is damaged, or of another config or --frames: delete it or choose another --out")
     seeds = range(40, 40 + seeds)                                           # the toy was tuned on smaller ones
     jobs = {f"{name}, seed {seed}": ((cfg, run.out, run.data, run.device), replace(cfg, seed=seed, **variants[name]),
                                      name, frames, folder if seed == seeds[0] else None)
             for seed in seeds for name in (variants if seed == seeds[0] else VARIANTS)}
     left = [key for key in jobs if key not in done["students"]]
-    os.environ["TQDM_DISABLE"] = "1"                                        # in the processes to come
-    with get_context("spawn").Pool(min(8, torch.get_num_threads()), torch.set_num_threads, (1,)) as pool:
-        students = pool.imap(distil, [jobs[key] for key in left])
-        for key, student in zip(left, tqdm(students, "ablation", len(jobs), initial=len(jobs) - len(left))):
-            done["students"][key] = student
-            write_json(path, done)
+    os.environ["TQDM_DISABLE"] = "1"                                        # no bars in the workers, which inherit it
+    with ProcessPoolExecutor(min(8, torch.get_num_threads()), get_context("spawn"),
+                             torch.set_num_threads, (1,)) as pool:
+        try:
+            futures = {pool.submit(distil, jobs[key]): key for key in left}
+            for future in tqdm(as_completed(futures), "ablation", len(jobs), initial=len(jobs) - len(left)):
+                done["students"][futures[future]] = future.result()
+                write_json(path, done)
+        except BrokenProcessPool:
+            raise BadInput("a worker was killed, perhaps for want of memory: the same command goes on from what is "
+                           "saved, and with OMP_NUM_THREADS=1 trains one student at a time")
+        except BaseException:                                               # Ctrl-C, say: do not wait for the others
+            for worker in active_children():
+                worker.terminate()
+            raise
     students = [done["students"][key] for key in jobs]
     summarise(run, {name: [student for student in students if student["variant"] == name] for name in variants})
 
@@ -1199,8 +1207,7 @@ def summarise(run, runs):
     print_table(texts)
     for claim, new, old, name, above in (claim for claim in CLAIMS if claim[3] in names):
         # a sink is compared under both losses, one number a seed; a loss with the EMA sink
-        pairs = [(f"{loss}, {new}", f"{loss}, {old}") for loss in LOSSES]
-        pairs = pairs if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
+        pairs = [(f"{x}, {new}", f"{x}, {old}") for x in LOSSES] if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
         mean, half = interval([np.mean([above(runs[a][i][name], runs[b][i][name]) for a, b in pairs])
                                for i in range(len(runs["DMD, EMA"]))])
         print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
@@ -1448,6 +1455,7 @@ def open_student(args, given, device, dtype):
             cfg.chunks_in(args.frames)                                      # refused before anything is loaded
             if not (args.weights and args.wan):
                 raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
+        text = WanText(args.wan, cfg, device, dtype) if args.stream else None
         with torch.device("meta"):
             student = VideoTransformer(cfg).to(dtype)
         if args.weights:
@@ -1461,7 +1469,6 @@ def open_student(args, given, device, dtype):
             codec = PatchCodec.fit(cfg, load_clips(args.data, cfg)[0])
         elif args.wan or importlib.util.find_spec("diffusers"):
             codec = WanCodec(args.wan, device, dtype)
-        text = WanText(args.wan, cfg, device, dtype) if args.stream else None
     student.to(device, dtype)
     if args.compile:
         student.compile(fullgraph=True, dynamic=False)                      # a full window has one shape, so one graph
@@ -1532,7 +1539,7 @@ def main(argv=None):
                            "--bench measures speed")
         return 0
     except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:     # OSError: of a folder given by flag
-        reason = str(error) or "stopped; --toy given again goes on from its last checkpoint"
+        reason = str(error) or "stopped; the same command goes on from what is saved"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -720,6 +721,7 @@ def test_ablation_trains_every_variant_with_its_own_loss_and_sink_and_resumes(tm
             raise FloatingPointError("the fifth is ruined")
         train(run, watch)
     monkeypatch.setattr(rf, "train_student", counted)
+    monkeypatch.setattr(rf, "ProcessPoolExecutor", lambda *what: ThreadPoolExecutor(1))       # a process would not see `counted`
     args = ["--toy", "--ablate", "--seeds", "2", "--out", str(tmp_path), *TINY, "--distill-steps", "2"]
     assert rf.main(args) == 1 and "the fifth is ruined" in capsys.readouterr().err
     kept, before = json.loads((tmp_path / "ablation.json").read_text())["students"], len(made)
@@ -736,8 +738,26 @@ def test_ablation_trains_every_variant_with_its_own_loss_and_sink_and_resumes(tm
     copies = [students[f"{loss}, static, seed {s}"]["copy"] - students[f"{loss}, EMA, seed {s}"]["copy"] for loss in rf.LOSSES for s in (40, 41)]
     assert f"EMA against static: copy is lower                {np.mean(copies):+.3f}" in printed     # above zero is what is claimed
     assert Image.open(tmp_path / "ablation.png").size[1] > 7 * 70 and (tmp_path / "ablation_curves.png").exists()
-    (tmp_path / "ablation.json").write_text("{")
-    assert rf.main(args) == 2 and "ablation.json is damaged or" in capsys.readouterr().err
+    for damaged in ("{", "[]"):
+        (tmp_path / "ablation.json").write_text(damaged)
+        assert rf.main(args) == 2 and "ablation.json is damaged, or" in capsys.readouterr().err
+
+
+def test_ablation_in_processes_stops_when_one_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "deadly.py").write_text(
+        "import multiprocessing, os, pathlib\n"
+        "def reward(frames, captions):\n"
+        f"    if multiprocessing.parent_process() and pathlib.Path({str(tmp_path / 'deadly')!r}).exists():\n"
+        "        os._exit(9)\n"
+        "    return frames.float().std((1, 2, 3, 4))\n")
+    (tmp_path / "deadly").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["--toy", "--ablate", "--seeds", "1", "--out", str(tmp_path / "out"), *TINY, "--distill-steps", "1", "--reward", "deadly:reward"]
+    assert rf.main(args) == 2 and "a worker was killed" in capsys.readouterr().err
+    (tmp_path / "deadly").unlink()
+    assert rf.main(args) == 0 and "1 student steps, 1 seeds" in capsys.readouterr().out
+    students = json.loads((tmp_path / "out/ablation.json").read_text())["students"]
+    assert len(students) == len(rf.VARIANTS) + len({*rf.BETAS} - {math.inf, TOY.beta}) and all(s["seed"] == 40 for s in students.values())
 
 
 def test_tilt_weighs_the_critics_loss_and_leaves_the_students_alone():
