@@ -249,8 +249,8 @@ class PatchCodec:
         return codec
 
     def patches(self, frames):
-        """(B, F, h, w, 3*stride*stride) in [-1, 1]"""
-        return F.pixel_unshuffle(frames.float() / 127.5 - 1, self.stride).permute(0, 1, 3, 4, 2)
+        x = F.pixel_unshuffle(frames.flatten(0, 1).float() / 127.5 - 1, self.stride)
+        return x.unflatten(0, frames.shape[:2]).permute(0, 1, 3, 4, 2)  # (B, F, h, w, 3*stride*stride) in [-1, 1]
 
     def encode(self, frames):
         z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
@@ -260,7 +260,8 @@ class PatchCodec:
         """memory, a dict that lives as long as a stream, is for codecs whose frames depend on earlier ones."""
         z = latents.float().cpu().permute(0, 1, 3, 4, 2)
         x = (z * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
-        return to_bytes(F.pixel_shuffle(x.permute(0, 1, 4, 2, 3), self.stride))
+        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride)
+        return to_bytes(x.unflatten(0, latents.shape[:2]))
 
 
 class WordText:
