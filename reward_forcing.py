@@ -48,7 +48,7 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -1143,6 +1143,8 @@ def distil(job):
         return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
 
     def watch(step, average):
+        if (parent := parent_process()) and not parent.is_alive():
+            os._exit(1)                                                     # killed: nobody waits for this student
         if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
             few = 4 * cfg.window // cfg.chunk * cfg.chunk
             course[str(step + 1)] = watched(average, cfg, few, 1)[1]["speed"]
