@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -752,7 +753,7 @@ def test_ablation_trains_every_variant_with_its_own_loss_and_sink_and_resumes(tm
         assert rf.main(args) == 2 and "ablation.json is damaged, or" in capsys.readouterr().err
 
 
-def test_ablation_in_processes_stops_when_one_is_killed_and_goes_on(tmp_path, few, monkeypatch, capsys):
+def test_ablation_in_processes_stops_when_one_is_killed_or_it_is_interrupted_and_goes_on(tmp_path, few, monkeypatch, capsys):
     (tmp_path / "deadly.py").write_text(
         "import multiprocessing, os, pathlib\n"
         "def reward(frames, captions):\n"
@@ -765,6 +766,15 @@ def test_ablation_in_processes_stops_when_one_is_killed_and_goes_on(tmp_path, fe
             "--reward", "deadly:reward", *few]
     assert rf.main(args) == 2 and "a worker was killed" in capsys.readouterr().err
     (tmp_path / "deadly").unlink()
+    write = rf.write_json
+
+    def interrupted(path, content):                                          # as soon as the first student is done
+        write(path, content)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as once:
+        once.setattr(rf, "write_json", interrupted)
+        assert rf.main(args) == 130 and len(json.loads((tmp_path / "out/ablation.json").read_text())["students"]) == 1
+    assert not multiprocessing.active_children()
     assert rf.main(args) == 0 and "1 student steps, 1 seeds" in capsys.readouterr().out
     students = json.loads((tmp_path / "out/ablation.json").read_text())["students"]
     assert len(students) == len(rf.VARIANTS) + len({*rf.BETAS} - {math.inf, TOY.beta}) and all(s["seed"] == 40 for s in students.values())
