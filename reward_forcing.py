@@ -68,16 +68,13 @@ def shift_sigma(u, shift):
 
 
 def add_noise(x0, noise, sigma):
+    """x_t: x0 and noise (B, ...) mixed at sigma (B,)."""
+    sigma = sigma.view(-1, *[1] * (x0.dim() - 1))
     return (1 - sigma) * x0 + sigma * noise
 
 
 def recover_x0(xt, velocity, sigma):
-    return xt - sigma * velocity
-
-
-def per_sample(sigma, x):
-    """(B,) to (B, 1, ..., 1), so that it multiplies x (B, ...)."""
-    return sigma.view(-1, *[1] * (x.dim() - 1))
+    return xt - sigma.view(-1, *[1] * (xt.dim() - 1)) * velocity
 
 
 # ---------------------------------------------------------------------------------------------------------- Config
@@ -642,18 +639,17 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
             xt = draw()
         cache.make_room()
         for step, sigma in enumerate(levels):
-            s = per_sample(sigma, xt)
             if step:
-                xt = add_noise(x0, draw(), s)
+                xt = add_noise(x0, draw(), sigma)
             with torch.set_grad_enabled(learn and step == exit_step):
-                x0 = recover_x0(xt, student(xt, sigma, prompt, cache), s)
+                x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
         yield x0
 
 
 # ---------------------------------------------------------------------------------------------------------- Losses
 def flow_matching_loss(model, x0, prompt, sigma, noise, weight=1.0):
     """Mean of weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,), prompt from model.embed_text."""
-    velocity = model(add_noise(x0, noise, per_sample(sigma, x0)), sigma, prompt)
+    velocity = model(add_noise(x0, noise, sigma), sigma, prompt)
     return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
 
 
@@ -674,7 +670,7 @@ def guided_x0(teacher, xt, sigma, text, guidance):
     """The teacher's x0 with classifier-free guidance, cond + guidance (cond - uncond); no text is all zeros."""
     xt, sigma, text = xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), torch.cat([text, torch.zeros_like(text)])
     velocity = teacher(xt, sigma, teacher.embed_text(text))
-    cond, uncond = recover_x0(xt, velocity, per_sample(sigma, xt)).chunk(2)
+    cond, uncond = recover_x0(xt, velocity, sigma).chunk(2)
     return cond + guidance * (cond - uncond)
 
 
@@ -930,7 +926,7 @@ def train_ode(run):
             cache.make_room()
             level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
             xt, clean, sigma = paths[picked, level, chunk], paths[picked, -1, chunk], sigmas[level]
-            x0 = recover_x0(xt, student(xt, sigma, prompt, cache), per_sample(sigma, xt))
+            x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
             losses.append((x0 - clean).square().mean())
             with torch.no_grad():
                 student(clean, torch.zeros_like(sigma), prompt, cache)
@@ -976,9 +972,9 @@ def train_student(run, watch=lambda step, average: None):
         x, captions, text, sigma, noise, cache = sample(g)
         reward = judge(x, captions)
         with torch.no_grad():
-            xt = add_noise(x, noise, per_sample(sigma, x))
+            xt = add_noise(x, noise, sigma)
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
-            x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), per_sample(sigma, x))
+            x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), sigma)
         beta = cfg.beta if cfg.tilt == "student" else math.inf
         loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
         norm = update(student, student_optimizers, loss, 10.0)              # the public code's limit

@@ -51,6 +51,11 @@ def noise_of(cfg, batch, dtype=torch.float64, seed=0):
     return lambda: torch.randn(batch, cfg.chunk, *cfg.latent, generator=generator, dtype=dtype)
 
 
+def per_sample(numbers):
+    """(B,) as a factor of (B, F, C, h, w)."""
+    return numbers[:, None, None, None, None]
+
+
 # ------------------------------------------------------------------------------------------------ Config and flags
 def test_every_config_field_is_a_flag_with_help():
     helps = subprocess.run([sys.executable, HERE / "reward_forcing.py", "--help"], capture_output=True, text=True, check=True).stdout
@@ -71,7 +76,7 @@ def test_impossible_config_is_refused_with_the_mend(change, mend):
 # ----------------------------------------------------------------------------------------------------- Noise maths
 def test_x0_is_recovered_from_a_perfect_velocity():
     x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    for sigma in (0.0, 0.3, 1.0):
+    for sigma in torch.tensor([[0.0, 0.3], [1.0, 0.0]], dtype=torch.float64):
         assert torch.allclose(rf.recover_x0(rf.add_noise(x0, noise, sigma), noise - x0, sigma), x0, atol=1e-12)
 
 
@@ -314,7 +319,7 @@ def test_redmd_gradient_is_weight_times_gradient_over_numel_and_the_reward_is_pe
     x = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64, requires_grad=True)
     gradient, reward = torch.randn_like(x), torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
     rf.redmd_loss(x, gradient, reward, beta=0.5).backward()
-    want = torch.exp(reward / 0.5)[:, None, None, None, None] * gradient / x.numel()
+    want = per_sample(torch.exp(reward / 0.5)) * gradient / x.numel()
     assert torch.allclose(x.grad, want, rtol=1e-12)
 
 
@@ -407,7 +412,7 @@ def test_golden_schedule(golden):
     close(1000 * sigmas, a["sched.timesteps"], 1e-3)                        # float32 of numbers up to 1000
     close(1000 * torch.tensor(cfg.sigmas), a["sched.warped"], 1e-3)
     close(1000 * torch.tensor(cfg.sigmas + [0.0]), a["stream.t"].float(), 1e-3)
-    sigma = rf.per_sample(a["sched.ex_sigma"], a["sched.ex_x"])
+    sigma = a["sched.ex_sigma"]
     nearest = (a["sched.timesteps"] - a["sched.ex_t"].float()[:, None]).abs().argmin(1)
     close(a["sched.sigmas"][nearest], a["sched.ex_sigma"], 1e-6)
     close(rf.add_noise(a["sched.ex_x"], a["sched.ex_noise"], sigma), a["sched.ex_xt"], 1e-5)
@@ -536,7 +541,7 @@ def test_golden_departure_here_teacher_and_critic_use_the_students_schedule(gold
     nearest = table[(1000 * table - a["bidir.t"].float()[:, None]).abs().argmin(1)]
     x = a["bidir.x"].transpose(1, 2)
     flow = model(x, a["bidir.t"].double() / 1000, model.embed_text(a["ctx"])).double()
-    close(rf.recover_x0(x.double(), flow, rf.per_sample(nearest.double(), x)).float(), a["bidir.x0_shift8"], 5e-5)
+    close(rf.recover_x0(x.double(), flow, nearest.double()).float(), a["bidir.x0_shift8"], 5e-5)
 
 
 def test_golden_departure_here_no_loss_is_weighted_by_the_noise_level(golden):
@@ -551,11 +556,11 @@ def test_golden_redmd_and_critic(golden):
     a, cfg, _ = golden
     sigma = a["redmd.timestep"][:, 0].double() / 1000
     nearest = a["sched.sigmas"][(a["sched.timesteps"] - 1000 * sigma.float()[:, None]).abs().argmin(1)]
-    close(rf.add_noise(a["redmd.x0"], a["redmd.noise"], rf.per_sample(nearest, a["redmd.x0"])), a["redmd.noisy"], 1e-5)
+    close(rf.add_noise(a["redmd.x0"], a["redmd.noise"], nearest), a["redmd.noisy"], 1e-5)
     cond, uncond = a["redmd.pred_real_cond"], a["redmd.pred_real_uncond"]
 
     def teacher(xt, sigma, text):                                           # a teacher whose x0 are the recorded ones
-        return (xt - torch.cat([cond, uncond])) / rf.per_sample(sigma, xt)
+        return (xt - torch.cat([cond, uncond])) / per_sample(sigma)
     teacher.embed_text = lambda text: text
     real = rf.guided_x0(teacher, a["redmd.noisy"].double(), nearest.double(), torch.zeros(2, 1), float(a["redmd.guidance"]))
     x0 = a["redmd.x0"].double().requires_grad_()
@@ -570,7 +575,7 @@ def test_golden_redmd_and_critic(golden):
         close(x.grad[0].float(), a["redmd.dloss_dx0"][i], 1e-5 * a["redmd.dloss_dx0"][i].abs().max())
 
     def critic(xt, sigma, text):
-        return (xt - a["redmd.pred_fake"]) / rf.per_sample(sigma, xt)
+        return (xt - a["redmd.pred_fake"]) / per_sample(sigma)
     level = a["sched.sigmas"][(a["sched.timesteps"] - a["critic.timestep"][:, :1].float()).abs().argmin(1)]
     noise = a["critic.noise"].view_as(a["redmd.x0"]).double()               # cancels out of the loss: seen to be normal at least
     normal(noise)
@@ -583,7 +588,7 @@ def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sam
     weight = torch.exp(a["redmd.beta"] * a["redmd.mq"])
     loss = (weight[0] * a["redmd.loss"] / weight).mean()                    # both samples weighted alike
     assert abs(loss / a["redmd.official_b2_loss"] - 1) < 1e-5
-    theirs = (a["redmd.dloss_dx0"] * rf.per_sample(weight[0] / weight, a["redmd.x0"])) / 2
+    theirs = (a["redmd.dloss_dx0"] * per_sample(weight[0] / weight)) / 2
     close(theirs, a["redmd.official_b2_dloss_dx0"], 1e-5 * theirs.abs().max())
     ours = rf.redmd_loss(a["redmd.x0"], a["redmd.grad"], a["redmd.mq"], 1 / float(a["redmd.beta"]))
     assert abs(ours / a["redmd.official_b2_loss"] - 1) > 0.01               # so it matters
