@@ -372,7 +372,7 @@ class Head(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- EMASinkCache
 class EMASinkCache:
-    """What a causal stream remembers: S sink frames and the most recent W - S, as keys and values of every layer.
+    """What a causal stream remembers: S sink frames and the last W - S - L, as keys and values of every layer.
 
     A frame that leaves the window is not dropped but folded into the sink, token by token, in every layer:
         sink <- alpha sink + (1 - alpha) leaving            (Reward Forcing, EMA-Sink; alpha = 1 is a static sink)
@@ -381,45 +381,22 @@ class EMASinkCache:
     Keys are kept before RoPE and rotated at read time to their place in the window, so positions never run out.
     Memory is constant however long the stream. What the cache keeps carries no gradient.
 
-    One chunk: make_room, then any number of passes (each calls attend in every layer), then append.
+    One chunk: any number of passes (each calls attend in every layer), then append.
     """
     def __init__(self, cfg, batch, device="cpu", dtype=torch.float32):
-        def zeros(frames, dtype=dtype):
-            shape = 2, cfg.layers, batch, frames, cfg.tokens, cfg.heads, cfg.head_dim     # 2: keys, values
-            return torch.zeros(shape, device=device, dtype=dtype)
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(*shape, cfg.heads, cfg.head_dim, device=device, dtype=dtype)
         self.cfg = cfg
-        self.sink = zeros(cfg.sink, torch.float32)
-        self.recent = zeros(cfg.window - cfg.sink)
+        self.slots = cfg.window - cfg.sink - cfg.chunk + 1  # frame f > S is in slot f mod slots; 1 for what is leaving
+        self.sink = zeros(2, cfg.layers, batch, cfg.sink, cfg.tokens, dtype=torch.float32)      # 2: keys, values
+        self.recent = zeros(2, cfg.layers, batch, self.slots, cfg.tokens)
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
         # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
-        self.window = [[kv.clone() for kv in layer] for layer in zeros(cfg.window).flatten(3, 4).unbind(1)]
+        self.window = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
         self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, device)
         self.seen = 0                       # frames appended so far
-        self.held = 0                       # of which in `recent`
+        self.updates = 0                    # of which folded into the sink
         self.length = 0                     # tokens of context for the coming chunk
-        self.updates = 0                    # frames folded into the sink so far
-
-    @torch.no_grad()
-    def make_room(self):
-        """Evict what the coming chunk pushes out of the window; rotate what stays, once for all its passes."""
-        filled = min(self.seen, self.cfg.sink)
-        self.evict(max(0, filled + self.held + self.cfg.chunk - self.cfg.window))
-        self.length = (filled + self.held) * self.cfg.tokens
-        for layer in range(self.cfg.layers):
-            frames = [self.sink[:, layer, :, :filled].type_as(self.recent), self.recent[:, layer, :, :self.held]]
-            keys, values = torch.cat(frames, 2).flatten(2, 3)           # (B, length, H, D)
-            self.window[layer][0][:, :self.length] = rotate(keys, self.rope[:, :self.length])
-            self.window[layer][1][:, :self.length] = values
-
-    def evict(self, frames):
-        """Fold the oldest recent frames into the sink, one update per frame; without a sink, drop them."""
-        oldest = self.seen - self.held
-        for i in range(frames if self.cfg.sink else 0):
-            slot = self.sink[:, :, :, (oldest + i) % self.cfg.sink]
-            slot.lerp_(self.recent[:, :, :, i].float(), 1 - self.cfg.alpha)
-            self.updates += 1
-        self.held -= frames
-        self.recent[:, :, :, :self.held] = self.recent[:, :, :, frames:frames + self.held].clone()
 
     def attend(self, layer, q, k, v):
         """q, k, v (B, L*N, H, D) of the chunk -> rotated q, and k, v with the context in front. Stages k, v."""
@@ -435,13 +412,26 @@ class EMASinkCache:
 
     @torch.no_grad()
     def append(self):
-        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0)."""
+        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0).
+
+        Each of its frames pushes one out of the window. Rotates what stays, once for all passes of the coming chunk.
+        """
         new = torch.stack([torch.stack(pair) for pair in self.staged], 1).unflatten(3, (self.cfg.chunk, -1))
-        to_sink = min(max(0, self.cfg.sink - self.seen), self.cfg.chunk)    # the first S frames are the sink's start
-        self.sink[:, :, :, self.seen:self.seen + to_sink] = new[:, :, :, :to_sink]
-        self.recent[:, :, :, self.held:self.held + self.cfg.chunk - to_sink] = new[:, :, :, to_sink:]
-        self.held += self.cfg.chunk - to_sink
-        self.seen += self.cfg.chunk
+        for frame in new.unbind(3):
+            store = self.sink if self.seen < self.cfg.sink else self.recent     # the sink starts as the first S frames
+            store[:, :, :, self.seen % store.shape[3]] = frame
+            self.seen += 1
+            leaving = self.seen - self.slots
+            if leaving >= self.cfg.sink > 0:
+                slot = self.sink[:, :, :, leaving % self.cfg.sink]
+                slot.lerp_(self.recent[:, :, :, leaving % self.slots].float(), 1 - self.cfg.alpha)
+                self.updates += 1
+        held = range(max(self.cfg.sink, leaving + 1), self.seen)
+        parts = [self.sink[:, :, :, :self.seen], *(self.recent[:, :, :, f % self.slots, None] for f in held)]
+        for layer, (keys, values) in enumerate(self.window):
+            k, v = torch.cat([part[:, layer].type_as(keys) for part in parts], 2).flatten(2, 3)
+            self.length = k.shape[1]                                # (B, length, H, D)
+            keys[:, :self.length], values[:, :self.length] = rotate(k, self.rope[:, :self.length]), v
 
 
 # ------------------------------------------------------------------------------------------------ VideoTransformer
@@ -637,7 +627,6 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
                 student(x0.detach(), sigmas[-1], prompt, cache)
             cache.append()
             xt = draw()
-        cache.make_room()
         for step, sigma in enumerate(levels):
             if step:
                 xt = add_noise(x0, draw(), sigma)
@@ -923,7 +912,6 @@ def train_ode(run):
         cache = EMASinkCache(cfg, cfg.ode_batch, run.device)
         losses = []
         for chunk in range(cfg.clip // cfg.chunk):
-            cache.make_room()
             level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
             xt, clean, sigma = paths[picked, level, chunk], paths[picked, -1, chunk], sigmas[level]
             x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
