@@ -82,6 +82,11 @@ class BadInput(Exception):
     """What the user gave cannot work; the message is one sentence that says how to mend it. Exit code 2."""
 
 
+def require(fits, wrong):
+    if not fits:
+        raise BadInput(wrong)
+
+
 @dataclass
 class Config:
     """Every field is a flag (--text-dim), and the comment beside it is the flag's help."""
@@ -131,9 +136,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            least = {"sink": 0, "seed": 0}.get(f.name, 1)
-            if f.type is int and getattr(self, f.name) < least:
-                raise BadInput(f"{f.name}={getattr(self, f.name)} must be {least} or more")
+            value, least = getattr(self, f.name), 0 if f.name in ("sink", "seed") else 1
+            require(f.type is not int or value >= least, f"{f.name}={value} must be {least} or more")
         self.rows, self.cols = self.height // self.stride // 2, self.width // self.stride // 2
         self.tokens = self.rows * self.cols                             # N; a token covers 2 x 2 latent pixels
         self.latent = self.channels, 2 * self.rows, 2 * self.cols       # (C, h, w)
@@ -142,20 +146,17 @@ class Config:
                                ("height", "two latent pixels", 2 * self.stride), ("freq_dim", "sine and cosine", 2),
                                ("width", "two latent pixels", 2 * self.stride), ("dim", "2 heads", 2 * self.heads)):
             multiple(name, getattr(self, name), of, unit)
-        for fits, wrong in (
-                (self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink={self.sink} and "
-                 f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}"),
-                (self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
-                 "3-D RoPE needs 6, try fewer --heads"),
-                (self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the "
-                 f"{3 * self.stride ** 2} numbers in a patch of {self.stride} x {self.stride} pixels"),
-                (self.tilt in ("student", "critic"), f"tilt={self.tilt} must be student or critic"),
-                *((0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
-                  for k in ("alpha", "drop_caption", "ema")),
-                *((getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
-                  for k in ("beta", "shift", "rope_base", "teacher_lr", "ode_lr", "student_lr", "critic_lr"))):
-            if not fits:
-                raise BadInput(wrong)
+        require(self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink={self.sink} and "
+                f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}")
+        require(self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
+                "3-D RoPE needs 6, try fewer --heads")
+        require(self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the "
+                f"{3 * self.stride ** 2} numbers in a patch of {self.stride} x {self.stride} pixels")
+        require(self.tilt in ("student", "critic"), f"tilt={self.tilt} must be student or critic")
+        for k in ("alpha", "drop_caption", "ema"):
+            require(0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
+        for k in ("beta", "shift", "rope_base", "teacher_lr", "ode_lr", "student_lr", "critic_lr"):
+            require(getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
         self.sigmas = [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
 
     def chunks_in(self, frames):
@@ -211,9 +212,8 @@ def load_clips(folder, cfg):
             clips.append(read_frames(path, (cfg.width, cfg.height)))
         except Exception as error:                                      # Pillow raises many kinds on a broken file
             raise BadInput(f"the clip of {caption!r}, {path}, cannot be read ({error}): replace or unlist it")
-        if len(clips[-1]) < cfg.clip:
-            raise BadInput(f"{path} has {len(clips[-1])} frames and a training clip {cfg.clip}: "
-                           "use a longer one or a smaller --clip")
+        require(len(clips[-1]) >= cfg.clip, f"{path} has {len(clips[-1])} frames and a training clip {cfg.clip}: "
+                "use a longer one or a smaller --clip")
     return clips, captions
 
 
@@ -229,9 +229,8 @@ class PatchCodec:
     decode: the inverse, as near as C components allow. Another codec needs only decode to stream (WanCodec).
     """
     def __init__(self, cfg, state):
+        require(cfg.time_stride == 1, f"time_stride={cfg.time_stride} is for the full size's VAE: try --time-stride 1")
         self.stride, self.state = cfg.stride, state
-        if cfg.time_stride != 1:
-            raise BadInput(f"time_stride={cfg.time_stride} is for the VAE of the full size: try --time-stride 1")
 
     @classmethod
     def fit(cls, cfg, clips):
@@ -265,21 +264,19 @@ class WordText:
     """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word."""
     def __init__(self, cfg, captions):
         self.cfg, self.words = cfg, sorted({word for caption in captions for word in caption.lower().split()})
-        if len(self.words) > cfg.text_dim:
-            raise BadInput(f"the captions use {len(self.words)} different words: try --text-dim {len(self.words)}")
+        count = len(self.words)
+        require(count <= cfg.text_dim, f"the captions use {count} different words: try --text-dim {count}")
 
     def __call__(self, captions):
         """Captions to (B, text_len, text_dim); "" is the null caption of guidance. BadInput for an unknown word."""
         features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
         for row, caption in zip(features, captions):
             words = caption.lower().split()
-            if len(words) > self.cfg.text_len:
-                raise BadInput(f"{caption!r} has {len(words)} words and room is for {self.cfg.text_len}: "
-                               "shorten it or raise --text-len")
-            for position, word in enumerate(words):
-                if word not in self.words:
-                    raise BadInput(f"the word {word!r} is not known; the words are: {', '.join(self.words)}")
-                row[position, self.words.index(word)] = 1
+            require(len(words) <= self.cfg.text_len, f"{caption!r} has {len(words)} words and room is for "
+                    f"{self.cfg.text_len}: shorten it or raise --text-len")
+            for token, word in zip(row, words):
+                require(word in self.words, f"the word {word!r} is not known; the words are: {', '.join(self.words)}")
+                token[self.words.index(word)] = 1
         return features
 
 
