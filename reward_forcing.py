@@ -200,21 +200,19 @@ def load_clips(folder, cfg):
     """
     listing, clips = Path(folder) / "captions.json", []
     try:
-        entries = json.loads(listing.read_text())
-        captions = [entry["caption"] + "" for entry in entries]             # TypeError if not text
-        paths = [Path(folder) / entry["file"] for entry in entries]
-        if not entries:
+        listed = [(Path(folder) / entry["file"], entry["caption"] + "") for entry in json.loads(listing.read_text())]
+        if not listed:                                                      # + "": TypeError if it is not text
             raise ValueError("it is empty")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{listing} must be a list of {{\"file\": ..., \"caption\": ...}} ({error!r}): write it anew")
-    for path, caption in zip(paths, captions):
+    for path, caption in listed:
         try:
             clips.append(read_frames(path, (cfg.width, cfg.height)))
         except Exception as error:                                      # Pillow raises many kinds on a broken file
             raise BadInput(f"the clip of {caption!r}, {path}, cannot be read ({error}): replace or unlist it")
         require(len(clips[-1]) >= cfg.clip, f"{path} has {len(clips[-1])} frames and a training clip {cfg.clip}: "
                 "use a longer one or a smaller --clip")
-    return clips, captions
+    return clips, [caption for _, caption in listed]
 
 
 def to_bytes(pixels):
