@@ -243,8 +243,8 @@ class PatchCodec:
         return codec
 
     def patches(self, frames):
-        x = F.pixel_unshuffle(frames.flatten(0, 1).float() / 127.5 - 1, self.stride)
-        return x.unflatten(0, frames.shape[:2]).permute(0, 1, 3, 4, 2)  # (B, F, h, w, 3*stride*stride) in [-1, 1]
+        """(B, F, h, w, 3*stride*stride) in [-1, 1]"""
+        return F.pixel_unshuffle(frames.float() / 127.5 - 1, self.stride).permute(0, 1, 3, 4, 2)
 
     def encode(self, frames):
         z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
