@@ -32,7 +32,6 @@ Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan
 import argparse
 import contextlib
 import difflib
-import functools
 import importlib.util
 import inspect
 import itertools
@@ -279,17 +278,15 @@ class WordText:
 
 
 # ---------------------------------------------------------------------------------------------------------- Layers
-@functools.cache
-def rope_table(frames, rows, cols, head_dim, base, device="cpu"):
-    """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
+def rope_table(cfg, frames, device="cpu"):
+    """(2, frames*N, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
 
     The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels).
     """
-    band = 2 * (head_dim // 6)
-    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).double()
-    angles = [grid[:, axis, None] * base ** -(torch.arange(0, size, 2).double() / size)
-              for axis, size in enumerate((head_dim - 2 * band, band, band))]
-    angles = torch.cat(angles, 1)[:, None]
+    band = 2 * (cfg.head_dim // 6)
+    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(cfg.rows), torch.arange(cfg.cols)).double()
+    angles = torch.cat([grid[:, axis, None] * cfg.rope_base ** -(torch.arange(0, size, 2).double() / size)
+                        for axis, size in enumerate((cfg.head_dim - 2 * band, band, band))], 1)[:, None]
     return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
@@ -388,7 +385,7 @@ class EMASinkCache:
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
         # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
         self.window = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
-        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, device)
+        self.rope = rope_table(cfg, cfg.window, device)
         self.seen = 0                       # frames appended so far
         self.updates = 0                    # of which folded into the sink
         self.length = 0                     # tokens of context for the coming chunk
@@ -469,13 +466,12 @@ class VideoTransformer(nn.Module):
         """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
         time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
         modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
-        cfg = self.cfg
-        rope = None if cache else rope_table(x.shape[1], cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, x.device)
+        rope = None if cache else rope_table(self.cfg, x.shape[1], x.device)
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         h = F.linear(patchify(x).to(weight.dtype), weight.flatten(1), bias)     # the convolution as a matrix product
         for layer, block in enumerate(self.blocks):
             h = block(h, modulation, prompt[layer], rope, layer, cache)
-        return unpatchify(self.head(h, time), cfg.rows).type_as(x)
+        return unpatchify(self.head(h, time), self.cfg.rows).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------ Reward, measures
