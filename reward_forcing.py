@@ -337,8 +337,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
-        with torch.no_grad():
-            self.modulation[:, [2, 5]] += 0.3                               # gates: start with open branches
+        self.modulation.data[:, [2, 5]] += 0.3                              # gates: start with open branches
 
     def forward(self, x, time, prompt, rope, layer, cache):
         """x (B, F, N, dim); time (B, 1, 6, dim); prompt: this layer's cross-attention key and value."""
