@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -547,9 +548,7 @@ def find_reward(name, clips, captions, cfg):
     pieces = [(piece, caption) for clip, caption in zip(clips, captions)
               for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
     try:
-        module, _, function = name.partition(":")
-        reward = motion_reward if name == "motion" else getattr(importlib.import_module(module), function)
-        reward = torch.no_grad()(reward)
+        reward = torch.no_grad()(motion_reward if name == "motion" else pkgutil.resolve_name(name))
         scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
         mean, deviation = scores.mean(), scores.std()
         if scores.shape != (len(pieces),) or not deviation > 1e-6:
