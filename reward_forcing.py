@@ -528,10 +528,9 @@ def motion_reward(frames, captions=None, span=2):
     what does not keep its form, flickers or breaks up earns little too.
     """
     mask, centre, _ = track(frames)
-    step = centre[:, 1:] - centre[:, :-1]                                   # (B, F-1, 2)
-    size = torch.tensor([mask.shape[3], mask.shape[2]], device=mask.device)
-    move = torch.eye(2, device=mask.device).expand(step.shape[0] * step.shape[1], 2, 2)
-    move = torch.cat([move, (-2 * step / size).flatten(0, 1)[..., None]], 2)
+    step = centre.diff(dim=1)                                               # (B, F-1, 2)
+    shift = -2 * step / torch.tensor([mask.shape[3], mask.shape[2]], device=mask.device)
+    move = torch.cat([torch.eye(2, device=mask.device).expand(*step.shape, 2), shift[..., None]], 3).flatten(0, 1)
     before = mask[:, :-1].flatten(0, 1)[:, None]
     moved = F.grid_sample(before, F.affine_grid(move, before.shape, align_corners=False), align_corners=False)
     same = overlap(moved[:, 0].unflatten(0, step.shape[:2]), mask[:, 1:])   # (B, F-1)
@@ -585,14 +584,13 @@ def measure(frames, captions, cfg, first=None):
     overlaps, shape = shape_overlaps(mask, centre), wanted(SHAPES)
     quality = torch.where(shape[:, None] >= 0, overlaps[torch.arange(len(shape)), :, shape], overlaps.max(2).values)
     segment = max(cfg.chunk, frames.shape[1] // 30)
-    segments = quality[:, :frames.shape[1] // segment * segment].unflatten(1, (-1, segment)).mean(2)
     later = frames if first is not None else frames[:, min(cfg.window, frames.shape[1] - cfg.chunk):]
     similarity = unit(later) @ unit(frames[:, :cfg.chunk] if first is None else first).mT
     return {"colour": rate((F.normalize(colour, dim=2) @ hues.T).argmax(2), wanted(COLOURS)),
             "shape": rate(overlaps.argmax(2), shape),
-            "speed": (centre[:, 1:] - centre[:, :-1]).norm(dim=-1).mean().item(),
+            "speed": centre.diff(dim=1).norm(dim=-1).mean().item(),
             "copy": similarity.max(2).values.mean().item(),
-            "drift": 100 * segments.std(1, correction=0).mean().item()}
+            "drift": 100 * quality.unfold(1, segment, segment).mean(2).std(1, correction=0).mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------------- Rollout
