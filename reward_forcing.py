@@ -665,8 +665,7 @@ def redmd_loss(x, gradient, reward, beta):
 
     Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD.
     """
-    weight = torch.exp(reward / beta)
-    return (weight * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
+    return (torch.exp(reward / beta) * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
 
 
 # ------------------------------------------------------------------------------------- Optimiser, checkpoint, log
