@@ -379,7 +379,7 @@ class EMASinkCache:
         def zeros(*shape, dtype=dtype):
             return torch.zeros(*shape, cfg.heads, cfg.head_dim, device=device, dtype=dtype)
         self.cfg = cfg
-        self.slots = cfg.window - cfg.sink - cfg.chunk + 1  # frame f > S is in slot f mod slots; 1 for what is leaving
+        self.slots = cfg.window - cfg.sink - cfg.chunk + 1  # frame f >= S is in slot f mod slots; 1 is for the leaving
         self.sink = zeros(2, cfg.layers, batch, cfg.sink, cfg.tokens, dtype=torch.float32)      # 2: keys, values
         self.recent = zeros(2, cfg.layers, batch, self.slots, cfg.tokens)
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
