@@ -602,21 +602,20 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
     cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step
     alone carry them: its x0 is the training sample.
     """
-    xt, learn = draw(), exit_step is not None and torch.is_grad_enabled()
-    sigmas = torch.tensor(cfg.sigmas + [0.0], device=xt.device)[:, None].expand(-1, len(xt))
-    levels = sigmas[:-1] if exit_step is None else sigmas[:exit_step + 1]
+    learn = exit_step is not None and torch.is_grad_enabled()
     with torch.set_grad_enabled(learn):
         prompt = student.embed_text(text)
-    cache = cache or EMASinkCache(cfg, len(xt), xt.device, prompt[0][0].dtype)
+    like = prompt[0][0]                             # of the batch, device and dtype of all that follows
+    sigmas = torch.tensor(cfg.sigmas + [0.0], device=like.device)[:, None].expand(-1, len(like))
+    levels = sigmas[:-1] if exit_step is None else sigmas[:exit_step + 1]
+    cache = cache or EMASinkCache(cfg, len(like), like.device, like.dtype)
     for n in itertools.count() if chunks is None else range(chunks):
         if n:                                       # only now, so that chunk n - 1 is seen before its cache pass is run
             with torch.no_grad():
                 student(x0.detach(), sigmas[-1], prompt, cache)
             cache.append()
-            xt = draw()
         for step, sigma in enumerate(levels):
-            if step:
-                xt = add_noise(x0, draw(), sigma)
+            xt = add_noise(x0, draw(), sigma) if step else draw()
             with torch.set_grad_enabled(learn and step == exit_step):
                 x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
         yield x0
