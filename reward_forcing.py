@@ -511,13 +511,10 @@ def shape_overlaps(mask, centre):
     rows, cols = (torch.arange(n, device=mask.device) + 0.5 for n in mask.shape[2:])
     dx, dy = cols - centre[..., 0, None, None], rows[:, None] - centre[..., 1, None, None]
     area = mask.sum((2, 3))[..., None, None]
-    half, circumradius = area.sqrt() / 2, (area / (0.75 * math.sqrt(3))).sqrt()
-    inside = (                                                              # distance to the edge, in px
-        (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt(),
-        half - torch.maximum(dx.abs(), dy.abs()),
-        circumradius / 2 - torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2),
-    )
-    return torch.stack([overlap(mask, (edge + 0.5).clamp(0, 1)) for edge in inside], -1)
+    circle = (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt()           # how far inside the edge, in px
+    square = area.sqrt() / 2 - torch.maximum(dx.abs(), dy.abs())
+    triangle = (area / (0.75 * math.sqrt(3))).sqrt() / 2 - torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2)
+    return torch.stack([overlap(mask, (inside + 0.5).clamp(0, 1)) for inside in (circle, square, triangle)], -1)
 
 
 def motion_reward(frames, captions=None, span=2):
