@@ -45,8 +45,7 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -1154,7 +1153,7 @@ def ablate(run, seeds, frames):
             for future in tqdm(as_completed(futures), "ablation", len(jobs), initial=len(jobs) - len(left)):
                 done["students"][futures[future]] = future.result()
                 write_json(path, done)
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise BadInput("a worker was killed, perhaps for want of memory: the same command goes on from what is "
                            "saved, and with OMP_NUM_THREADS=1 trains one student at a time")
         except BaseException:                                               # Ctrl-C, say: do not wait for the others
