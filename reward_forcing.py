@@ -640,8 +640,7 @@ def critic_weight(reward, beta):
 def guided_x0(teacher, xt, sigma, text, guidance):
     """The teacher's x0 with classifier-free guidance, cond + guidance (cond - uncond); no text is all zeros."""
     xt, sigma, text = xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), torch.cat([text, torch.zeros_like(text)])
-    velocity = teacher(xt, sigma, teacher.embed_text(text))
-    cond, uncond = recover_x0(xt, velocity, sigma).chunk(2)
+    cond, uncond = recover_x0(xt, teacher(xt, sigma, teacher.embed_text(text)), sigma).chunk(2)
     return cond + guidance * (cond - uncond)
 
 
