@@ -160,16 +160,15 @@ class Config:
 
     def chunks_in(self, frames):
         """Chunks that make this many video frames. BadInput with the nearest numbers that work."""
-        extra = self.time_stride - 1
-        multiple("frames", frames, "chunk", self.chunk * self.time_stride, extra)
-        return (frames + extra) // (self.chunk * self.time_stride)
+        return multiple("frames", frames, "chunk", self.chunk * self.time_stride, self.time_stride - 1)
 
 
 def multiple(name, value, of, unit, extra=0):
-    if value < 1 or (value + extra) % unit:
-        below = (value + extra) // unit * unit - extra
+    count, over = divmod(value + extra, unit)
+    if value < 1 or over:
         raise BadInput(f"{name}={value} is not a multiple of {of}={unit}{f' less {extra}' if extra else ''}: "
-                       f"try {f'{below} or ' if below > 0 else ''}{max(below, -extra) + unit}")
+                       f"try {f'{value - over} or ' if value > over else ''}{max(value - over, -extra) + unit}")
+    return count
 
 
 PRESETS = {
