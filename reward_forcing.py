@@ -193,9 +193,7 @@ def read_frames(path, size):
 
 def load_clips(folder, cfg):
     """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists.
-
-    BadInput that names the file: a missing or wrong list, a caption without its clip, a broken or short clip.
-    """
+    BadInput that names the file: a missing or wrong list, a caption without its clip, a broken or short clip."""
     listing, clips = Path(folder) / "captions.json", []
     try:
         listed = [(Path(folder) / entry["file"], entry["caption"] + "") for entry in json.loads(listing.read_text())]
@@ -279,9 +277,7 @@ class WordText:
 # ---------------------------------------------------------------------------------------------------------- Layers
 def rope_table(cfg, frames, device="cpu"):
     """(2, frames*N, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
-
-    The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels).
-    """
+    The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels)."""
     band = 2 * (cfg.head_dim // 6)
     grid = torch.cartesian_prod(torch.arange(frames), torch.arange(cfg.rows), torch.arange(cfg.cols)).double()
     angles = torch.cat([grid[:, axis, None] * cfg.rope_base ** -(torch.arange(0, size, 2).double() / size)
@@ -403,9 +399,7 @@ class EMASinkCache:
     @torch.no_grad()
     def append(self):
         """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0).
-
-        Each of its frames pushes one out of the window. Rotates what stays, once for all passes of the coming chunk.
-        """
+        Each of its frames pushes one out of the window. Rotates what stays, once for all passes of the coming chunk."""
         new = torch.stack([torch.stack(pair) for pair in self.staged], 1).unflatten(3, (self.cfg.chunk, -1))
         for frame in new.unbind(3):
             store = self.sink if self.seen < self.cfg.sink else self.recent     # the sink starts as the first S frames
@@ -446,9 +440,7 @@ class VideoTransformer(nn.Module):
 
     def embed_text(self, text):
         """(B, T <= text_len, text_dim) -> every layer's cross-attention key and value; once per prompt.
-
-        Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to.
-        """
+        Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to."""
         text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])).to(self.patch_embedding.weight)
         text = self.text_embedding(text)
         return [block.cross_attn.key_value(text) for block in self.blocks]
@@ -655,9 +647,7 @@ def dmd_gradient(x, x0_real, x0_fake):
 
 def redmd_loss(x, gradient, reward, beta):
     """Half the mean of exp(reward / beta) (x - stopgrad(x - gradient))^2, reward (B,): one weight per sample.
-
-    Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD.
-    """
+    Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD."""
     return (torch.exp(reward / beta) * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
 
 
