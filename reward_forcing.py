@@ -1061,6 +1061,7 @@ LOSSES = {"DMD": {"tilt": "student", "beta": math.inf}, "Re-DMD": {"tilt": "stud
 VARIANTS = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in LOSSES for sink in SINKS}
 VARIANTS["tilted critic, EMA"] = {"tilt": "critic"}
 ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2)
+SEEDS = range(40, 50)                                                       # the toy was tuned on smaller ones
 STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
 MARGINS = {"higher": lambda new, old: new - old, "lower": lambda new, old: old - new,           # above zero if it is so
            "10 % higher": lambda new, old: new - 1.1 * old, "not 0.03 lower": lambda new, old: new - old + 0.03}
@@ -1077,13 +1078,11 @@ def interval(numbers):
     return np.mean(numbers), STUDENT_T[n - 1] * np.std(numbers, ddof=1) / n ** 0.5 if n > 1 else math.inf
 
 
-def distil(job):
+def distil(of, name, cfg, frames):
     """Train one student, in a worker process, and stream it; returns what ablation.json holds of it.
 
-    job: what makes the Run, the student's config and name, frames to stream, and the folder for what the picture shows,
-    or None.
+    of: what makes the Run; name and cfg are the student's. That of the first seed also saves what the picture shows.
     """
-    of, cfg, name, frames, folder = job
     run, course = Run(*of), {}
     run.cfg, run.save, run.state["partial"] = cfg, lambda: None, None
 
@@ -1101,8 +1100,9 @@ def distil(job):
     train_student(run, watch)
     student = run.model("student")
     videos, numbers = watched(student, cfg, frames, 2)
-    if folder:
-        torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], folder / f"{name}.pt")
+    if cfg.seed == SEEDS[0]:
+        shown = videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()]
+        torch.save(shown, run.out / "ablation" / f"{name}.pt")
         if name == "Re-DMD, EMA":
             others = {str(alpha): replace(cfg, alpha=alpha) for alpha in ALPHAS}
             numbers["alphas"] = {x: watched(student, other, frames, 1)[1]["speed"] for x, other in others.items()}
@@ -1115,8 +1115,8 @@ def ablate(run, seeds, frames):
     Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
     and in the folder ablation/ the frames that the picture shows. Up to 8 students at a time, one to a thread.
     """
-    cfg, path, folder = run.cfg, run.out / "ablation.json", run.out / "ablation"
-    folder.mkdir(exist_ok=True)
+    cfg, path = run.cfg, run.out / "ablation.json"
+    (run.out / "ablation").mkdir(exist_ok=True)
     variants = VARIANTS | {f"beta {beta:g}": {"beta": beta, "tilt": "student"}
                            for beta in BETAS if beta not in (math.inf, cfg.beta)}
     empty = {"config": run.state["config"], "frames": frames, "students": {}}
@@ -1125,17 +1125,15 @@ def ablate(run, seeds, frames):
         done = json.loads(path.read_text()) if path.exists() else empty
     if not isinstance(done, dict) or {**done, "students": {}} != empty:
         raise BadInput(f"{path} is damaged, or of another config or --frames: delete it or choose another --out")
-    seeds = range(40, 40 + seeds)                                           # the toy was tuned on smaller ones
-    jobs = {f"{name}, seed {seed}": ((cfg, run.out, run.data, run.device), replace(cfg, seed=seed, **variants[name]),
-                                     name, frames, folder if seed == seeds[0] else None)
-            for seed in seeds for name in (variants if seed == seeds[0] else VARIANTS)}
-    left = [key for key in jobs if key not in done["students"]]
+    jobs = {f"{name}, seed {seed}": (name, replace(cfg, seed=seed, **variants[name]))
+            for seed in SEEDS[:seeds] for name in (variants if seed == SEEDS[0] else VARIANTS)}
     os.environ["TQDM_DISABLE"] = "1"                                        # no bars in the workers, which inherit it
     with ProcessPoolExecutor(min(8, torch.get_num_threads()), get_context("spawn"),
                              torch.set_num_threads, (1,)) as pool:
         try:
-            futures = {pool.submit(distil, jobs[key]): key for key in left}
-            for future in tqdm(as_completed(futures), "ablation", len(jobs), initial=len(jobs) - len(left)):
+            futures = {pool.submit(distil, (cfg, run.out, run.data, run.device), *job, frames): key
+                       for key, job in jobs.items() if key not in done["students"]}
+            for future in tqdm(as_completed(futures), "ablation", len(jobs), initial=len(jobs) - len(futures)):
                 done["students"][futures[future]] = future.result()
                 write_json(path, done)
         except BrokenExecutor:
@@ -1478,9 +1476,9 @@ def main(argv=None):
         elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
-            if args.ablate and not (1 <= args.seeds <= len(STUDENT_T) and cfg.beta < math.inf and cfg.sink
+            if args.ablate and not (1 <= args.seeds <= len(SEEDS) and cfg.beta < math.inf and cfg.sink
                                     and cfg.alpha < 1):
-                raise BadInput(f"--ablate wants --seeds from 1 to {len(STUDENT_T)}, a finite --beta, a --sink and an "
+                raise BadInput(f"--ablate wants --seeds from 1 to {len(SEEDS)}, a finite --beta, a --sink and an "
                                "--alpha below 1: try 5, 0.2, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
