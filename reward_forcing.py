@@ -1117,8 +1117,8 @@ def ablate(run, seeds, frames):
     """
     cfg, path = run.cfg, run.out / "ablation.json"
     (run.out / "ablation").mkdir(exist_ok=True)
-    variants = VARIANTS | {f"beta {beta:g}": {"beta": beta, "tilt": "student"}
-                           for beta in BETAS if beta not in (math.inf, cfg.beta)}
+    betas = {beta: f"beta {beta:g}" for beta in BETAS} | {math.inf: "DMD, EMA", cfg.beta: "Re-DMD, EMA"}
+    variants = VARIANTS | {name: {"beta": beta, "tilt": "student"} for beta, name in betas.items()}
     empty = {"config": run.state["config"], "frames": frames, "students": {}}
     done = {}
     with contextlib.suppress(ValueError):
@@ -1144,12 +1144,13 @@ def ablate(run, seeds, frames):
                 worker.terminate()
             raise
     students = [done["students"][key] for key in jobs]
-    summarise(run, {name: [student for student in students if student["variant"] == name] for name in variants})
+    summarise(run, {name: [student for student in students if student["variant"] == name] for name in variants}, betas)
 
 
-def summarise(run, runs):
+def summarise(run, runs, betas):
     """Print means with 95 % intervals, and for each claim whether that of the paired difference (the same seed on both
-    sides) lies above zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}."""
+    sides) lies above zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}; betas:
+    {beta: its variant}."""
     names = [name for name in ("speed", "reward", "copy", "drift", "colour", "shape")
              if runs["DMD, EMA"][0][name] is not None]
     texts = {variant: {name: "{:.3f} +- {:.3f}".format(*interval([student[name] for student in runs[variant]]))
@@ -1159,47 +1160,43 @@ def summarise(run, runs):
     for new, old, name, how in (claim for claim in CLAIMS if claim[2] in names):
         # a sink is compared under both losses, one number a seed; a loss with the EMA sink
         pairs = [(f"{x}, {new}", f"{x}, {old}") for x in LOSSES] if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
-        mean, half = interval([np.mean([MARGINS[how](runs[a][i][name], runs[b][i][name]) for a, b in pairs])
-                               for i in range(len(runs["DMD, EMA"]))])
+        mean, half = interval(np.mean([[MARGINS[how](x[name], y[name]) for x, y in zip(runs[a], runs[b])]
+                                       for a, b in pairs], 0))
         claim = f"{new} against {old}: {name} is {how}"
         print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
 
-    rows = {f"{variant}\n" + "\n".join(f"{name} {text}" for name, text in list(texts[variant].items())[:4]):
+    rows = {"\n".join([variant, *(f"{name} {texts[variant][name]}" for name in names[:4])]):
             torch.load(run.out / "ablation" / f"{variant}.pt", weights_only=True) for variant in VARIANTS}
     save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
-
-    betas = {f"{beta:g}": runs[{math.inf: "DMD, EMA", run.cfg.beta: "Re-DMD, EMA"}.get(beta, f"beta {beta:g}")][0]
-             for beta in sorted({*BETAS, run.cfg.beta}, reverse=True)}
-    courses = {variant: {step: interval([student["course"][step] for student in runs[variant]])
-                         for step in runs[variant][0]["course"]} for variant in VARIANTS if variant.endswith("EMA")}
     save_curves(run.out / "ablation_curves.png", {
-        "speed against alpha, one seed": {
-            "": {x: interval([speed]) for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
-        "speed against beta, one seed": {"": {x: interval([student["speed"]]) for x, student in betas.items()}},
-        "speed against step": courses})
+        "speed against alpha, one seed": {"": {x: [speed] for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
+        "speed against beta, one seed": {
+            "": {f"{beta:g}": [runs[betas[beta]][0]["speed"]] for beta in sorted(betas, reverse=True)}},
+        "speed against step": {
+            variant: {step: [student["course"][step] for student in students] for step in students[0]["course"]}
+            for variant, students in runs.items() if students[0]["course"]}})
 
 
 def save_curves(path, panels, width=330, height=220):
-    """One picture of small plots. panels: {title: {curve: {x label: (mean, half of its interval)}}}; x is in order.
+    """One picture of small plots: means and 95 % intervals. panels: {title: {curve: {x label: numbers}}}, x in order.
 
-    An interval without bound, of a single seed, is not drawn.
+    An interval without bound, of a single number, is not drawn.
     """
     page = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(page)
-    for i, (title, curves) in enumerate(panels.items()):
-        pen.text((i * width + 40, 4), title, "black")
-        curves = {name: {x: (mean, half if half < math.inf else 0) for x, (mean, half) in curve.items()}
-                  for name, curve in curves.items()}
-        ends = [mean + side * half for curve in curves.values() for mean, half in curve.values() for side in (-1, 1)]
+    for left, (title, curves) in zip(range(40, page.width, width), panels.items()):
+        pen.text((left, 4), title, "black")
+        bars = [np.nan_to_num([interval(numbers) for numbers in curve.values()], posinf=0) for curve in curves.values()]
+        ends = [mean + side * half for mean, half in np.concatenate(bars) for side in (-1, 1)]
         low, scale = min(ends) - 0.02, (height - 70) / (max(ends) - min(ends) + 0.04)
-        for row, (colour, (name, curve)) in enumerate(zip(("black", "firebrick", "royalblue"), curves.items())):
-            line = [(i * width + 50 + j * (width - 90) // max(1, len(curve) - 1), height - 40 - (mean - low) * scale)
-                    for j, (mean, _) in enumerate(curve.values())]
+        for top, colour, name, bar in zip((16, 26, 36), ("black", "firebrick", "royalblue"), curves, bars):
+            line = [(left + 10 + j * (width - 90) // max(1, len(bar) - 1), height - 40 - (mean - low) * scale)
+                    for j, (mean, _) in enumerate(bar)]
             pen.line(line, colour, 2)
-            pen.text((i * width + 40, 16 + 10 * row), name, colour)
-            for (x, y), (label, (mean, half)) in zip(line, curve.items()):
+            pen.text((left, top), name, colour)
+            for (x, y), label, (mean, half) in zip(line, curves[name], bar):
                 pen.line([(x, y - half * scale), (x, y + half * scale)], colour)
-                pen.text((x - 8, height - 30), str(label), "black")
+                pen.text((x - 8, height - 30), label, "black")
                 pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
     write_safely(path, lambda p: page.save(p, format="PNG"))
 
