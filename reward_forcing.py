@@ -1213,15 +1213,13 @@ def load_weights(model, path):
     """Give a model built on the meta device the weights in path, mapped from the file rather than copied.
 
     path: a trainer's checkpoint (.pt: generator_ema, else generator, "model." before every name), or a Wan2.1 folder
-    of safetensors, one file or an index with shards. BadInput that names a missing, extra or misshapen tensor.
+    of safetensors, one file or shards. BadInput that names a missing, extra or misshapen tensor.
     """
     path = Path(path)
     load = need("safetensors.torch", "safetensors").load_file if path.is_dir() else None
     try:
         if load:
-            index = next(path.glob("*.safetensors.index.json"), None)
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index else path.glob("*.safetensors")
-            state = {name: tensor for file in names for name, tensor in load(path / Path(file).name).items()}
+            state = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load(file).items()}
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             state = state["generator_ema" if "generator_ema" in state else "generator"]
