@@ -1216,22 +1216,19 @@ def load_weights(model, path):
     of safetensors, one file or shards. BadInput that names a missing, extra or misshapen tensor.
     """
     path = Path(path)
-    load = need("safetensors.torch", "safetensors").load_file if path.is_dir() else None
     try:
-        if load:
-            state = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load(file).items()}
+        if path.is_dir():
+            from safetensors.torch import load_file
+            state = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             state = state["generator_ema" if "generator_ema" in state else "generator"]
             state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        model.load_state_dict(state, assign=True)
     except Exception as error:                                              # each format raises its own kinds
-        raise BadInput(f"--weights {path} cannot be read ({error!r}): give a trainer's .pt or a folder of safetensors")
-    want, have = ({name: tuple(p.shape) for name, p in s.items()} for s in (model.state_dict(), state))
-    wrong = [f"{name} is missing" if name not in have else f"{name} is not the model's" if name not in want else
-             f"{name} is {have[name]} and not {want[name]}" for name in want | have if want.get(name) != have.get(name)]
-    if wrong:
-        raise BadInput(f"--weights {path} does not fit, {len(wrong)} of {len(want)} tensors: {', '.join(wrong[:5])}")
-    model.load_state_dict(state, assign=True)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BadInput(f"--weights {path} cannot be read or do not fit ({reason}): give this model's, a trainer's .pt or "
+                       "a folder of safetensors (pip install safetensors)")
 
 
 class WanText:

@@ -899,8 +899,8 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, tmp_path):
     _, cfg, model = golden
     whole = model.state_dict()
     missing = {name: p for name, p in whole.items() if name != "blocks.0.ffn.2.weight"}
-    for state, message in ((missing, "blocks.0.ffn.2.weight is missing"), ({**whole, "surplus": torch.zeros(1)}, "surplus is not the model's"),
-                           ({**whole, "head.head.bias": torch.zeros(7)}, r"head.head.bias is \(7,\) and not")):
+    for state, message in ((missing, 'Missing key.* "blocks.0.ffn.2.weight"'), ({**whole, "surplus": torch.zeros(1)}, 'Unexpected key.* "surplus"'),
+                           ({**whole, "head.head.bias": torch.zeros(7)}, r"size mismatch for head.head.bias.* torch.Size\(\[7\]\)")):
         folder = tmp_path / str(len(state))
         folder.mkdir(exist_ok=True)
         for path in saved_layouts(Path(tempfile.mkdtemp(dir=folder)), state):
@@ -910,7 +910,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(golden, tmp_path):
                 rf.load_weights(empty, path)
     for path in ("nowhere.pt", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(BadInput, match="does not fit|cannot be read"):
+        with pytest.raises(BadInput, match="nowhere.pt.*No such file|empty.*Missing key"):
             rf.load_weights(empty, tmp_path / path)
 
 
