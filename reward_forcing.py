@@ -1257,25 +1257,21 @@ class WanCodec:
         self.mean, self.std = (torch.tensor(numbers, device=device).view(-1, 1, 1)
                                for numbers in (vae.config.latents_mean, vae.config.latents_std))
 
-    @torch.no_grad()
     def decode(self, latents, memory):
-        """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at the start of a stream."""
-        return to_bytes(self.pixels(latents, memory))
+        """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at the start of a stream.
 
-    def pixels(self, latents, memory):
-        """The same in [-1, 1]. The VAE is causal and decodes one latent frame at a time; memory carries its
-        convolutions' past from call to call, so that decoding chunk by chunk equals decoding the whole.
+        The VAE is causal and decodes one latent frame at a time; memory carries its convolutions' past from call to
+        call, so that decoding chunk by chunk equals decoding the whole.
         """
         z = self.vae.post_quant_conv((latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype))
         pixels = []
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):    # one head, too wide for the others
             for frame in z.split(1, 2):
-                first = not memory
-                if first:
+                if first := not memory:
                     self.vae.clear_cache()
                     memory["past"] = self.vae._feat_map
                 pixels.append(self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first))
-        return torch.cat(pixels, 2).transpose(1, 2).float().clamp(-1, 1)
+        return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
 
 
 def seconds_of(work, times):
