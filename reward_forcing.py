@@ -1202,13 +1202,6 @@ def save_curves(path, panels, width=330, height=220):
 
 
 # ------------------------------------------------------------------------------------------------------- Full size
-def need(module, package):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BadInput(f"the full size needs {package} ({error}): pip install {package}")
-
-
 def load_weights(model, path):
     """Give a model built on the meta device the weights in path, mapped from the file rather than copied.
 
@@ -1227,32 +1220,30 @@ def load_weights(model, path):
         model.load_state_dict(state, assign=True)
     except Exception as error:                                              # each format raises its own kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise BadInput(f"--weights {path} cannot be read or do not fit ({reason}): give this model's, a trainer's .pt or "
-                       "a folder of safetensors (pip install safetensors)")
+        raise BadInput(f"--weights {path} cannot be read or do not fit ({reason}): give this model's, a trainer's .pt "
+                       "or a folder of safetensors (pip install safetensors)")
 
 
-class WanText:
-    """UMT5-XXL, from the Diffusers folder of Wan2.1: loaded, used and freed in one call."""
-    def __init__(self, folder, cfg, device, dtype):
-        self.transformers, self.folder = need("transformers", "transformers"), Path(folder)
-        self.cfg, self.device, self.dtype = cfg, device, dtype
+@torch.no_grad()
+def wan_text(captions, folder, cfg, device, dtype):
+    """Captions to (B, text_len, text_dim), zero where there is no token.
 
-    @torch.no_grad()
-    def __call__(self, captions):
-        """Captions to (B, text_len, text_dim), zero where there is no token."""
-        tokenizer = self.transformers.AutoTokenizer.from_pretrained(self.folder / "tokenizer")
-        encoder = self.transformers.UMT5EncoderModel.from_pretrained(self.folder / "text_encoder", dtype=self.dtype)
-        tokens = tokenizer([" ".join(caption.split()) for caption in captions], return_tensors="pt", truncation=True,
-                           padding="max_length", max_length=self.cfg.text_len).to(self.device)
-        features = encoder.to(self.device).eval()(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return features * tokens.attention_mask[..., None]
+    By UMT5-XXL from the Diffusers folder of Wan2.1, which is loaded, used and freed in this one call.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(Path(folder) / "text_encoder", dtype=dtype).to(device).eval()
+    tokens = tokenizer([" ".join(caption.split()) for caption in captions], return_tensors="pt", truncation=True,
+                       padding="max_length", max_length=cfg.text_len).to(device)
+    features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return features * tokens.attention_mask[..., None]
 
 
 class WanCodec:
     """Wan2.1's VAE, from its Diffusers folder; without a folder with random weights, which are as fast."""
     def __init__(self, folder, device, dtype):
-        wan = need("diffusers", "diffusers").AutoencoderKLWan
-        vae = wan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if folder else wan().to(dtype)
+        from diffusers import AutoencoderKLWan as Wan
+        vae = Wan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if folder else Wan().to(dtype)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.mean, self.std = (torch.tensor(numbers, device=device).view(-1, 1, 1)
                                for numbers in (vae.config.latents_mean, vae.config.latents_std))
@@ -1308,11 +1299,9 @@ def pass_flops(cfg):
         return counter.get_total_flops() - before
 
 
-@torch.no_grad()
-def bench(student, codec, cfg, chunks=20):
+def bench(student, codec, text, cfg, chunks=20):
     """Time streams with and without decoding; a dict of what --bench prints. Text is not encoded."""
     device, dtype = student.patch_embedding.weight.device, student.patch_embedding.weight.dtype
-    text = lambda captions: torch.zeros(1, cfg.text_len, cfg.text_dim)
     fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
 
     def timed(chunks, codec):                                               # seconds of every chunk
@@ -1378,8 +1367,11 @@ def parse(argv):
 
 
 def open_student(args, given, device, dtype):
-    """(student, codec, text, cfg, attention to use). --stream takes the toy of args.out, whose alpha, sink, window and
-    seed may differ from training, or the full size of args.weights and args.wan; --bench needs no trained weights."""
+    """(student, codec, text, cfg, attention to use); whatever text is asked, it answers args.prompt's features.
+
+    --stream takes the toy of args.out, whose alpha, sink, window and seed may differ from training, or the full size of
+    args.weights and args.wan; --bench needs no trained weights and encodes no text.
+    """
     if args.stream and args.preset == "toy":
         path = Path(args.out) / "checkpoint.pt"
         state = load_checkpoint(path)
@@ -1387,7 +1379,8 @@ def open_student(args, given, device, dtype):
             raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
         cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
         refuse_other_config(path, state["config"], asdict(cfg), free=("alpha", "sink", "window", "seed"))
-        student, codec, text = VideoTransformer(cfg), PatchCodec(cfg, state["codec"]), WordText(cfg, state["words"])
+        features = WordText(cfg, state["words"])([args.prompt])
+        student, codec = VideoTransformer(cfg), PatchCodec(cfg, state["codec"])
         student.load_state_dict(state["models"]["student"])
     else:
         cfg = replace(PRESETS[args.preset], **given)
@@ -1395,7 +1388,6 @@ def open_student(args, given, device, dtype):
             cfg.chunks_in(args.frames)                                      # refused before anything is loaded
             if not (args.weights and args.wan):
                 raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
-        text = WanText(args.wan, cfg, device, dtype) if args.stream else None
         with torch.device("meta"):
             student = VideoTransformer(cfg).to(dtype)
         if args.weights:
@@ -1404,17 +1396,16 @@ def open_student(args, given, device, dtype):
             student.to_empty(device=device)
             for p in student.parameters():
                 nn.init.normal_(p, std=0.02)
-        codec = None                                                        # --bench says so
-        if args.preset != "full":
-            codec = PatchCodec.fit(cfg, load_clips(args.data, cfg)[0])
-        elif args.wan or importlib.util.find_spec("diffusers"):
-            codec = WanCodec(args.wan, device, dtype)
+        features = (wan_text([args.prompt], args.wan, cfg, device, dtype) if args.stream
+                    else torch.zeros(1, cfg.text_len, cfg.text_dim))
+        codec = (PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]) if args.preset == "toy" else
+                 WanCodec(args.wan, device, dtype) if args.wan or importlib.util.find_spec("diffusers") else None)
     student.to(device, dtype)
     if args.compile:
         student.compile(fullgraph=True, dynamic=False)                      # a full window has one shape, so one graph
     backend = fastest_attention(cfg, device, dtype)
     print(f"attention {backend.name}{', compiled' if args.compile else ''}")
-    return student, codec, text, cfg, backend
+    return student, codec, lambda captions: features, cfg, backend
 
 
 def stream_command(args, given, device, dtype):
@@ -1422,8 +1413,8 @@ def stream_command(args, given, device, dtype):
     if not args.prompt:
         raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-    total, features = cfg.chunks_in(args.frames), text([args.prompt])       # bad input is refused before the bar
-    chunks = stream(student, codec, lambda captions: features, cfg, [args.prompt], args.frames, cfg.seed)
+    total = cfg.chunks_in(args.frames)                                      # bad input is refused before the bar
+    chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
     began, seconds = time.time(), []
 
     def clocked():
@@ -1456,9 +1447,9 @@ def main(argv=None):
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
-            student, codec, _, cfg, backend = open_student(args, given, device, dtype)
+            student, codec, text, cfg, backend = open_student(args, given, device, dtype)
             with sdpa_kernel(backend):
-                numbers = bench(student, codec, cfg)
+                numbers = bench(student, codec, text, cfg)
             numbers = {"preset": args.preset, "attention": backend.name, "compiled": args.compile, **numbers}
             print(write_json(Path(args.out) / "bench.json", numbers), end="")
         elif args.toy:
@@ -1478,8 +1469,10 @@ def main(argv=None):
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
                            "--bench measures speed")
         return 0
-    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:     # OSError: of a folder given by flag
+    except (BadInput, OSError, FloatingPointError, ImportError, KeyboardInterrupt) as error:    # OSError: a flag's folder
         reason = str(error) or "stopped; the same command goes on from what is saved"
+        if isinstance(error, ImportError):
+            reason += ": the full size needs pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 

@@ -828,8 +828,8 @@ def wan(tmp_path_factory):
 
 
 def test_full_size_streams_with_a_text_encoder_and_a_vae(wan, tmp_path, capsys, monkeypatch):
-    freed, encoder = [], rf.WanText.__call__
-    monkeypatch.setattr(rf.WanText, "__call__", lambda self, captions: freed.append(captions) or encoder(self, captions))
+    freed, encoder = [], rf.wan_text
+    monkeypatch.setattr(rf, "wan_text", lambda captions, *where: freed.append(captions) or encoder(captions, *where))
     args = [*TINY_FULL, "--weights", str(wan / "model.pt"), "--wan", str(wan), "--prompt", "a red  panda swims", "--out", str(tmp_path)]
     if shutil.which("ffmpeg"):
         assert rf.main(["--stream", "--frames", "33", *args]) == 0
@@ -847,7 +847,7 @@ def test_full_size_streams_with_a_text_encoder_and_a_vae(wan, tmp_path, capsys, 
 
 def test_text_features_are_the_encoders_and_zero_after_the_last_token(wan):
     transformers = load_in_ci("transformers")
-    ours = rf.WanText(wan, TINY_WAN, "cpu", torch.float32)(["a red panda"])
+    ours = rf.wan_text(["a red panda"], wan, TINY_WAN, "cpu", torch.float32)
     encoder = transformers.UMT5EncoderModel.from_pretrained(wan / "text_encoder")
     with torch.no_grad():
         theirs = encoder(torch.tensor([[3, 4, 5]])).last_hidden_state
