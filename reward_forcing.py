@@ -1299,38 +1299,6 @@ def pass_flops(cfg):
         return counter.get_total_flops() - before
 
 
-def bench(student, codec, text, cfg, chunks=20):
-    """Time streams with and without decoding; a dict of what --bench prints. Text is not encoded."""
-    device, dtype = student.patch_embedding.weight.device, student.patch_embedding.weight.dtype
-    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
-
-    def timed(chunks, codec):                                               # seconds of every chunk
-        frames = stream(student, codec, text, cfg, [""])
-        return seconds_of(lambda: next(frames), chunks)
-    first, again = timed(fill + 1, codec), timed(fill + 1, codec)           # again: warm
-    steady = timed(fill + chunks, None)[fill:]
-    decoded = timed(fill + chunks, codec)[fill:] if codec else None
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    roof = 2e-12 * n ** 3 / np.median(seconds_of(lambda: a @ a, 20))
-    tflop, frames = pass_flops(cfg) / 1e12, cfg.chunk * cfg.time_stride
-    pace = (cfg.steps + 1) * tflop / np.median(steady)
-    if device.type == "cuda":
-        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-    else:
-        import resource                                                     # not on Windows; in KiB on Linux
-        name, peak = "cpu", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"device": name, "threads": torch.get_num_threads(), "dtype": str(dtype), "torch": torch.__version__,
-            "fps_transformer": frames / np.median(steady),
-            "fps_decoded": frames / np.median(decoded) if codec else None,
-            "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
-            "first_chunk_seconds": again[0], "chunk_seconds_median": np.median(steady),
-            "chunk_seconds_quartiles": np.quantile(steady, [0.25, 0.75]).tolist(), "chunks": chunks,
-            "compile_and_warm_up_seconds": first.sum() - again.sum(), "peak_memory_gb": peak / 1e9,
-            "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
-            "fraction_of_matmul_rate": pace / roof}
-
-
 # ------------------------------------------------------------------------------------------------------------ Main
 def parse(argv):
     """(arguments, {config field: value given}); BadInput for a flag that does not exist, naming the nearest."""
@@ -1351,7 +1319,7 @@ def parse(argv):
     parser.add_argument("--compile", action="store_true", help="compile the student: slow to start, faster to run")
     parser.add_argument("--prompt", help="what to stream")
     parser.add_argument("--frames", type=int, help="video frames to stream [toy: 240, full: 81]")
-    parser.add_argument("--out", default="out", help="folder of the checkpoint and of all that is written")
+    parser.add_argument("--out", type=Path, default="out", help="folder of the checkpoint and of all that is written")
     parser.add_argument("--data", default=Path(__file__).parent / "tiny_data", help="folder of clips and captions.json")
     helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
@@ -1373,7 +1341,7 @@ def open_student(args, given, device, dtype):
     args.weights and args.wan; --bench needs no trained weights and encodes no text.
     """
     if args.stream and args.preset == "toy":
-        path = Path(args.out) / "checkpoint.pt"
+        path = args.out / "checkpoint.pt"
         state = load_checkpoint(path)
         if state is None or "student" not in state["models"]:
             raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
@@ -1423,7 +1391,7 @@ def stream_command(args, given, device, dtype):
             seconds.append(time.time() - began)
             yield frames
     kind = "gif" if args.preset == "toy" else "mp4" if shutil.which("ffmpeg") else "webp"
-    path = Path(args.out) / f"stream.{kind}"
+    path = args.out / f"stream.{kind}"
     with sdpa_kernel(backend):
         if kind == "mp4":
             save_mp4(path, clocked(), cfg.width, cfg.height)
@@ -1431,6 +1399,38 @@ def stream_command(args, given, device, dtype):
             save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
     print(f"{args.frames} frames in {seconds[-1]:.2f} s: {args.frames / seconds[-1]:.0f} frames per second, the first "
           f"after {seconds[0]:.2f} s. They are in {path}")
+
+
+def bench(args, given, device, dtype, chunks=20):
+    """Time streams with and without decoding; print and write bench.json. Text is not encoded."""
+    student, codec, text, cfg, backend = open_student(args, given, device, dtype)
+    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
+
+    def timed(chunks, codec):                                               # seconds of every chunk
+        frames = stream(student, codec, text, cfg, [""])
+        return seconds_of(lambda: next(frames), chunks)
+    with sdpa_kernel(backend):
+        cold, warm, bare = timed(fill + 1, codec), timed(fill + chunks, codec), timed(fill + chunks, None)[fill:]
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    roof = 2e-12 * n ** 3 / np.median(seconds_of(lambda: a @ a, 20))
+    tflop, frames, seconds = pass_flops(cfg) / 1e12, cfg.chunk * cfg.time_stride, np.median(bare)
+    pace = (cfg.steps + 1) * tflop / seconds
+    if device == "cuda":
+        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    else:
+        import resource                                                     # not on Windows; in KiB on Linux
+        name, peak = "cpu", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(write_json(args.out / "bench.json", {
+        "preset": args.preset, "attention": backend.name, "compiled": args.compile, "device": name,
+        "threads": torch.get_num_threads(), "dtype": str(dtype), "torch": torch.__version__,
+        "fps_transformer": frames / seconds, "fps_decoded": frames / np.median(warm[fill:]) if codec else None,
+        "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
+        "first_chunk_seconds": warm[0], "chunk_seconds_median": seconds,
+        "chunk_seconds_quartiles": np.quantile(bare, [0.25, 0.75]).tolist(), "chunks": chunks,
+        "compile_and_warm_up_seconds": (cold - warm[:fill + 1]).sum(), "peak_memory_gb": peak / 1e9,
+        "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
+        "fraction_of_matmul_rate": pace / roof}), end="")
 
 
 def main(argv=None):
@@ -1447,11 +1447,7 @@ def main(argv=None):
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
-            student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-            with sdpa_kernel(backend):
-                numbers = bench(student, codec, text, cfg)
-            numbers = {"preset": args.preset, "attention": backend.name, "compiled": args.compile, **numbers}
-            print(write_json(Path(args.out) / "bench.json", numbers), end="")
+            bench(args, given, device, dtype)
         elif args.toy:
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
@@ -1469,7 +1465,7 @@ def main(argv=None):
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
                            "--bench measures speed")
         return 0
-    except (BadInput, OSError, FloatingPointError, ImportError, KeyboardInterrupt) as error:    # OSError: a flag's folder
+    except (BadInput, OSError, FloatingPointError, ImportError, KeyboardInterrupt) as error:  # OSError: of a folder
         reason = str(error) or "stopped; the same command goes on from what is saved"
         if isinstance(error, ImportError):
             reason += ": the full size needs pip install diffusers transformers safetensors"
