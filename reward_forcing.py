@@ -1301,12 +1301,8 @@ def pass_flops(cfg):
 
 # ------------------------------------------------------------------------------------------------------------ Main
 def parse(argv):
-    """(arguments, {config field: value given}); BadInput for a flag that does not exist, naming the nearest."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-
-    def refuse(message):
-        raise BadInput(message)
-    parser.error = refuse                                                   # one sentence instead of the usage text
+    """(arguments, {config field: value given}); ArgumentError for a bad value, BadInput for an unknown flag."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
     parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
     parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
@@ -1465,7 +1461,7 @@ def main(argv=None):
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
                            "--bench measures speed")
         return 0
-    except (BadInput, OSError, FloatingPointError, ImportError, KeyboardInterrupt) as error:  # OSError: of a folder
+    except (BadInput, argparse.ArgumentError, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
         reason = str(error) or "stopped; the same command goes on from what is saved"
         if isinstance(error, ImportError):
             reason += ": the full size needs pip install diffusers transformers safetensors"
