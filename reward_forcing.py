@@ -1306,7 +1306,7 @@ def parse(argv):
     parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
     parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
     parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds --ablate takes")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(SEEDS) + 1), help="seeds of --ablate")
     parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="of --stream and --bench; full is the 1.3B")
     parser.add_argument("--full", dest="preset", action="store_const", const="full", help="the same as --preset full")
@@ -1437,20 +1437,16 @@ def main(argv=None):
         dtype = torch.bfloat16 if args.preset == "full" and device == "cuda" else torch.float32
         print(f"device {device} ({torch.get_num_threads()} threads), {dtype}, torch {torch.__version__}; config: the "
               f"{args.preset} preset" + "".join(f", {k}={v}" for k, v in given.items()))
-        if args.toy and args.preset != "toy":
-            raise BadInput("--toy trains the toy; --full goes with --stream or --bench")
         make_writable(args.out)
         if args.stream:
             stream_command(args, given, device, dtype)
         elif args.bench:
             bench(args, given, device, dtype)
-        elif args.toy:
+        elif args.toy and args.preset == "toy":
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
-            if args.ablate and not (1 <= args.seeds <= len(SEEDS) and cfg.beta < math.inf and cfg.sink
-                                    and cfg.alpha < 1):
-                raise BadInput(f"--ablate wants --seeds from 1 to {len(SEEDS)}, a finite --beta, a --sink and an "
-                               "--alpha below 1: try 5, 0.2, 3 and 0.9")
+            if args.ablate and not (cfg.beta < math.inf and cfg.sink and cfg.alpha < 1):
+                raise BadInput("--ablate wants a finite --beta, a --sink and an --alpha below 1: try 0.2, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
             for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
@@ -1459,7 +1455,7 @@ def main(argv=None):
             ablate(run, args.seeds, args.frames) if args.ablate else report(run, args.frames)
         else:
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
-                           "--bench measures speed")
+                           "--bench measures speed; --full goes with --stream or --bench")
         return 0
     except (BadInput, argparse.ArgumentError, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
         reason = str(error) or "stopped; the same command goes on from what is saved"

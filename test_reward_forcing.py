@@ -1035,7 +1035,7 @@ def test_stream_writes_a_gif_and_refuses_bad_input_with_exit_code_2(trained, cap
     refused([], "--toy", "--stream")
     refused(["--toy", "--full", *out], "--stream or --bench")
     refused(["--stream", "--full", "--prompt", "a panda", *out], "--weights and --wan")
-    refused(["--toy", "--ablate", "--seeds", "11", *out], "--seeds from 1 to 10")
+    refused(["--toy", "--ablate", "--seeds", "11", *out], "--seeds", "choose from 1, 2", "10")
     refused(["--toy", "--ablate", "--sink", "0", *out], "a --sink and an --alpha below 1")
     refused(["--toy", "--ablate", "--alpha", "1", *out], "a --sink and an --alpha below 1")
     refused(["--toy", "--out", "/dev/null/x", *TINY], "/dev/null/x", "cannot be written")
