@@ -1352,14 +1352,10 @@ def open_student(args, given, device, dtype):
             cfg.chunks_in(args.frames)                                      # refused before anything is loaded
             if not (args.weights and args.wan):
                 raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
-        with torch.device("meta"):
+        with torch.device("meta" if args.weights else device):              # without, random ones, which are as fast
             student = VideoTransformer(cfg).to(dtype)
         if args.weights:
             load_weights(student, args.weights)
-        else:
-            student.to_empty(device=device)
-            for p in student.parameters():
-                nn.init.normal_(p, std=0.02)
         features = (wan_text([args.prompt], args.wan, cfg, device, dtype) if args.stream
                     else torch.zeros(1, cfg.text_len, cfg.text_dim))
         codec = (PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]) if args.preset == "toy" else
