@@ -1290,13 +1290,13 @@ def fastest_attention(cfg, device, dtype):
 
 def pass_flops(cfg):
     """Floating point operations of one pass in a full window, counted by PyTorch on shapes alone."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad():
         student, cache = VideoTransformer(cfg), EMASinkCache(cfg, 1, "meta")
         cache.length = (cfg.window - cfg.chunk) * cfg.tokens
-        prompt = student.embed_text(torch.zeros(1, cfg.text_len, cfg.text_dim))
-        before = counter.get_total_flops()                                  # the prompt is once per stream
-        student(torch.zeros(1, cfg.chunk, *cfg.latent), torch.zeros(1), prompt, cache)
-        return counter.get_total_flops() - before
+        prompt = student.embed_text(torch.zeros(1, cfg.text_len, cfg.text_dim))     # once per stream, so not counted
+        with FlopCounterMode(display=False) as counter:
+            student(torch.zeros(1, cfg.chunk, *cfg.latent), torch.zeros(1), prompt, cache)
+    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------------------ Main
@@ -1378,14 +1378,12 @@ def stream_command(args, given, device, dtype):
     began, seconds = time.time(), []
 
     def clocked():
-        for frames in tqdm(chunks, "stream", total, unit="chunk"):
-            frames = frames.cpu()
+        for frames in map(torch.Tensor.cpu, tqdm(chunks, "stream", total, unit="chunk")):       # waits for a GPU
             seconds.append(time.time() - began)
             yield frames
-    kind = "gif" if args.preset == "toy" else "mp4" if shutil.which("ffmpeg") else "webp"
-    path = args.out / f"stream.{kind}"
+    path = args.out / f"stream.{'gif' if args.preset == 'toy' else 'mp4' if shutil.which('ffmpeg') else 'webp'}"
     with sdpa_kernel(backend):
-        if kind == "mp4":
+        if path.suffix == ".mp4":
             save_mp4(path, clocked(), cfg.width, cfg.height)
         else:
             save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
