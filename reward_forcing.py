@@ -1095,14 +1095,12 @@ def distil(of, name, cfg, frames):
         if (parent := parent_process()) and not parent.is_alive():
             os._exit(1)                                                     # killed: nobody waits for this student
         if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
-            few = 4 * cfg.window // cfg.chunk * cfg.chunk
-            course[str(step + 1)] = watched(average, cfg, few, 1)[1]["speed"]
+            course[str(step + 1)] = watched(average, cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
     train_student(run, watch)
     student = run.model("student")
     videos, numbers = watched(student, cfg, frames, 2)
     if cfg.seed == SEEDS[0]:
-        shown = videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()]
-        torch.save(shown, run.out / "ablation" / f"{name}.pt")
+        torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], run.out / f"ablation/{name}.pt")
         if name == "Re-DMD, EMA":
             others = {str(alpha): replace(cfg, alpha=alpha) for alpha in ALPHAS}
             numbers["alphas"] = {x: watched(student, other, frames, 1)[1]["speed"] for x, other in others.items()}
@@ -1166,7 +1164,7 @@ def summarise(run, runs, betas):
         print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
 
     rows = {"\n".join([variant, *(f"{name} {texts[variant][name]}" for name in names[:4])]):
-            torch.load(run.out / "ablation" / f"{variant}.pt", weights_only=True) for variant in VARIANTS}
+            torch.load(run.out / f"ablation/{variant}.pt", weights_only=True) for variant in VARIANTS}
     save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
     save_curves(run.out / "ablation_curves.png", {
         "speed against alpha, one seed": {"": {x: [speed] for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
@@ -1395,10 +1393,7 @@ def bench(args, given, device, dtype, chunks=20):
     """Time streams with and without decoding; print and write bench.json. Text is not encoded."""
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
     fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
-
-    def timed(chunks, codec):                                               # seconds of every chunk
-        frames = stream(student, codec, text, cfg, [""])
-        return seconds_of(lambda: next(frames), chunks)
+    timed = lambda chunks, codec: seconds_of(stream(student, codec, text, cfg, [""]).__next__, chunks)       # of every one
     with sdpa_kernel(backend):
         cold, warm, bare = timed(fill + 1, codec), timed(fill + chunks, codec), timed(fill + chunks, None)[fill:]
     n = 8192 if device == "cuda" else 1024
