@@ -1393,7 +1393,7 @@ def bench(args, given, device, dtype, chunks=20):
     """Time streams with and without decoding; print and write bench.json. Text is not encoded."""
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
     fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
-    timed = lambda chunks, codec: seconds_of(stream(student, codec, text, cfg, [""]).__next__, chunks)       # of every one
+    timed = lambda chunks, codec: seconds_of(stream(student, codec, text, cfg, [""]).__next__, chunks)
     with sdpa_kernel(backend):
         cold, warm, bare = timed(fill + 1, codec), timed(fill + chunks, codec), timed(fill + chunks, None)[fill:]
     n = 8192 if device == "cuda" else 1024
