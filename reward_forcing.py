@@ -1176,10 +1176,8 @@ def summarise(run, runs, betas):
 
 
 def save_curves(path, panels, width=330, height=220):
-    """One picture of small plots: means and 95 % intervals. panels: {title: {curve: {x label: numbers}}}, x in order.
-
-    An interval without bound, of a single number, is not drawn.
-    """
+    """One picture of small plots: means and 95 % intervals; one without bound, of a single number, is not drawn.
+    panels: {title: {curve: {x label: numbers}}}, x in order."""
     page = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(page)
     for left, (title, curves) in zip(range(40, page.width, width), panels.items()):
@@ -1371,13 +1369,12 @@ def stream_command(args, given, device, dtype):
     if not args.prompt:
         raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-    total = cfg.chunks_in(args.frames)                                      # bad input is refused before the bar
     chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
     began, seconds = time.time(), []
 
     def clocked():
-        for frames in map(torch.Tensor.cpu, tqdm(chunks, "stream", total, unit="chunk")):       # waits for a GPU
-            seconds.append(time.time() - began)
+        for frames in map(torch.Tensor.cpu, tqdm(chunks, "stream", cfg.chunks_in(args.frames), unit="chunk")):
+            seconds.append(time.time() - began)                             # .cpu() has waited for a GPU
             yield frames
     path = args.out / f"stream.{'gif' if args.preset == 'toy' else 'mp4' if shutil.which('ffmpeg') else 'webp'}"
     with sdpa_kernel(backend):
@@ -1437,10 +1434,9 @@ def main(argv=None):
             if args.ablate and not (cfg.beta < math.inf and cfg.sink and cfg.alpha < 1):
                 raise BadInput("--ablate wants a finite --beta, a --sink and an --alpha below 1: try 0.2, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
-            stages = {"teacher": train_teacher, "ode": train_ode, "student": train_student}
-            for stage in list(stages)[:2 if args.ablate else 3]:            # the ablation trains its own students
-                if stage not in run.state["models"]:
-                    stages[stage](run)
+            for stage, train in {"teacher": train_teacher, "ode": train_ode, "student": train_student}.items():
+                if stage not in run.state["models"] and not (args.ablate and stage == "student"):   # it trains its own
+                    train(run)
             ablate(run, args.seeds, args.frames) if args.ablate else report(run, args.frames)
         else:
             raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
