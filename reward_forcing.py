@@ -1102,8 +1102,8 @@ def distil(of, name, cfg, frames):
     if cfg.seed == SEEDS[0]:
         torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], run.out / f"ablation/{name}.pt")
         if name == "Re-DMD, EMA":
-            others = {str(alpha): replace(cfg, alpha=alpha) for alpha in ALPHAS}
-            numbers["alphas"] = {x: watched(student, other, frames, 1)[1]["speed"] for x, other in others.items()}
+            numbers["alphas"] = {str(alpha): watched(student, replace(cfg, alpha=alpha), frames, 1)[1]["speed"]
+                                 for alpha in ALPHAS}
     return {"variant": name, "seed": cfg.seed, **numbers, "course": course}
 
 
@@ -1141,8 +1141,7 @@ def ablate(run, seeds, frames):
             for worker in active_children():
                 worker.terminate()
             raise
-    students = [done["students"][key] for key in jobs]
-    summarise(run, {name: [student for student in students if student["variant"] == name] for name in variants}, betas)
+    summarise(run, {name: [done["students"][key] for key in jobs if jobs[key][0] == name] for name in variants}, betas)
 
 
 def summarise(run, runs, betas):
@@ -1204,7 +1203,6 @@ def load_weights(model, path):
     path: a trainer's checkpoint (.pt: generator_ema, else generator, "model." before every name), or a Wan2.1 folder
     of safetensors, one file or shards. BadInput that names a missing, extra or misshapen tensor.
     """
-    path = Path(path)
     try:
         if path.is_dir():
             from safetensors.torch import load_file
@@ -1222,13 +1220,11 @@ def load_weights(model, path):
 
 @torch.no_grad()
 def wan_text(captions, folder, cfg, device, dtype):
-    """Captions to (B, text_len, text_dim), zero where there is no token.
-
-    By UMT5-XXL from the Diffusers folder of Wan2.1, which is loaded, used and freed in this one call.
-    """
+    """Captions to (B, text_len, text_dim), zero where there is no token. UMT5-XXL, from the Diffusers folder of Wan2.1,
+    is loaded, used and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
-    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(Path(folder) / "text_encoder", dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
     tokens = tokenizer([" ".join(caption.split()) for caption in captions], return_tensors="pt", truncation=True,
                        padding="max_length", max_length=cfg.text_len).to(device)
     features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
@@ -1306,8 +1302,8 @@ def parse(argv):
     parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
     parser.add_argument("--preset", choices=PRESETS, default="toy", help="of --stream and --bench; full is the 1.3B")
     parser.add_argument("--full", dest="preset", action="store_const", const="full", help="the same as --preset full")
-    parser.add_argument("--weights", help="with --full: a trainer's .pt, or a Wan2.1 folder of safetensors")
-    parser.add_argument("--wan", help="with --full: Diffusers folder of Wan2.1-T2V-1.3B, for text encoder and VAE")
+    parser.add_argument("--weights", type=Path, help="with --full: a trainer's .pt, or a Wan2.1 folder of safetensors")
+    parser.add_argument("--wan", type=Path, help="with --full: Diffusers folder of Wan2.1-T2V-1.3B (text encoder, VAE)")
     parser.add_argument("--compile", action="store_true", help="compile the student: slow to start, faster to run")
     parser.add_argument("--prompt", help="what to stream")
     parser.add_argument("--frames", type=int, help="video frames to stream [toy: 240, full: 81]")
@@ -1321,8 +1317,7 @@ def parse(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-    if args.frames is None:
-        args.frames = 81 if args.preset == "full" else 240
+    args.frames = {"toy": 240, "full": 81}[args.preset] if args.frames is None else args.frames
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
