@@ -43,6 +43,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
@@ -1092,8 +1093,6 @@ def distil(of, name, cfg, frames):
         return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
 
     def watch(step, average):
-        if (parent := parent_process()) and not parent.is_alive():
-            os._exit(1)                                                     # killed: nobody waits for this student
         if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
             course[str(step + 1)] = watched(average, cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
     train_student(run, watch)
@@ -1105,6 +1104,12 @@ def distil(of, name, cfg, frames):
             numbers["alphas"] = {str(alpha): watched(student, replace(cfg, alpha=alpha), frames, 1)[1]["speed"]
                                  for alpha in ALPHAS}
     return {"variant": name, "seed": cfg.seed, **numbers, "course": course}
+
+
+def start_worker():
+    """Take one thread, and end when the parent has ended, however it did: nobody waits for this student then."""
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 
 def ablate(run, seeds, frames):
@@ -1126,8 +1131,7 @@ def ablate(run, seeds, frames):
     jobs = {f"{name}, seed {seed}": (name, replace(cfg, seed=seed, **variants[name]))
             for seed in SEEDS[:seeds] for name in (variants if seed == SEEDS[0] else VARIANTS)}
     os.environ["TQDM_DISABLE"] = "1"                                        # no bars in the workers, which inherit it
-    with ProcessPoolExecutor(min(8, torch.get_num_threads()), get_context("spawn"),
-                             torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(8, torch.get_num_threads()), get_context("spawn"), start_worker) as pool:
         try:
             futures = {pool.submit(distil, (cfg, run.out, run.data, run.device), *job, frames): key
                        for key, job in jobs.items() if key not in done["students"]}
