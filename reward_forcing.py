@@ -658,9 +658,6 @@ class Muon(torch.optim.Optimizer):
 
     Written out because torch has it from 2.9 on only, and to take all matrices of one shape through together.
     """
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
     @torch.no_grad()
     def step(self):
         lr, shapes = self.param_groups[0]["lr"], {}
@@ -684,7 +681,8 @@ def make_optimizers(model, lr):
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
     # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
-    return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
+    return [Muon(matrices, {"lr": lr}),
+            torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
 
 def update(model, optimizers, loss, max_norm):

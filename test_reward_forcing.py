@@ -656,7 +656,7 @@ def test_muon_orthogonalises_and_takes_equal_shapes_together():
     params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
-    optimizer = rf.Muon(params, lr=1.0)
+    optimizer = rf.Muon(params, {"lr": 1.0})
     optimizer.step()
     for p in params:
         scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
@@ -666,7 +666,7 @@ def test_muon_orthogonalises_and_takes_equal_shapes_together():
     before, grad = params[0].detach().clone(), torch.randn(8, 8)
     fresh = torch.nn.Parameter(before.clone())
     params[0].grad, fresh.grad = grad.clone(), grad.clone()
-    optimizer.step(), rf.Muon([fresh], lr=1.0).step()
+    optimizer.step(), rf.Muon([fresh], {"lr": 1.0}).step()
     assert (params[0] - fresh).abs().max() > 0.01               # the first step's gradient is remembered
 
 
