@@ -667,8 +667,7 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([p.grad for p in params])
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
             x = grad.lerp(momentum, 0.95)
-            x = x.mT if rows > cols else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+            x = F.normalize(x.mT if rows > cols else x, dim=(1, 2), eps=1e-30)
             for _ in range(5):
                 gram = x @ x.mT                             # x <- (3.4445 - 4.7750 gram + 2.0315 gram^2) x
                 x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
