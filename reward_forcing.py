@@ -677,8 +677,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = set(matrices)
-    others = [p for p in model.parameters() if p not in chosen]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
     return [Muon(matrices, {"lr": lr}),
             torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
