@@ -722,22 +722,21 @@ def make_writable(folder):
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
 
 
-def load_checkpoint(path):
-    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged."""
+def load_checkpoint(path, given, free=()):
+    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or if its config differs from
+    what is `given` of one in a field that is not `free`; the message says how."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "config": state["config"]}                         # KeyError if it is another program's
+        there = state["config"]                                             # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
         raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
-
-
-def refuse_other_config(path, there, here, free=()):
-    """BadInput with what differs, unless `there`, the checkpoint's config, is `here` in all but the `free` fields."""
+    here = asdict(Config()) | there | given                                 # a field that it lacks has its default here
     differ = [f"{k}={there.get(k)} there and {v} here" for k, v in here.items() if k not in free and there.get(k) != v]
     if differ:
         raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
+    return state
 
 
 class Run:
@@ -756,10 +755,9 @@ class Run:
         checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
         config = {**asdict(cfg), "data": checksum}
         self.path = self.out / "checkpoint.pt"
-        self.state = load_checkpoint(self.path) or {
+        self.state = load_checkpoint(self.path, config) or {
             "config": config, "models": {}, "seconds": {}, "log": [], "partial": None, "words": self.text.words,
             "codec": PatchCodec.fit(cfg, self.clips).state}
-        refuse_other_config(self.path, self.state["config"], config)
         self.codec = PatchCodec(cfg, self.state["codec"])
         self.began = time.time()                                            # of the stage under way
 
@@ -1329,11 +1327,10 @@ def open_student(args, given, device, dtype):
     """
     if args.stream and args.preset == "toy":
         path = args.out / "checkpoint.pt"
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, given, free=("alpha", "sink", "window", "seed"))
         if state is None or "student" not in state["models"]:
             raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
         cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
-        refuse_other_config(path, state["config"], asdict(cfg), free=("alpha", "sink", "window", "seed"))
         features = WordText(cfg, state["words"])([args.prompt])
         student, codec = VideoTransformer(cfg), PatchCodec(cfg, state["codec"])
         student.load_state_dict(state["models"]["student"])
