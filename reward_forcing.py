@@ -700,7 +700,7 @@ def seeded(*what, device="cpu"):
 
 def write_safely(path, write):
     """write(temporary path), then rename: a run killed at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name("." + path.name)                             # Pillow goes by the suffix
     write(temporary)
     os.replace(temporary, path)
 
@@ -968,7 +968,7 @@ def save_gif(path, videos, scale=3, columns=4):
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
     frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2)
     first, *rest = [picture(frame, scale) for frame in frames]
-    write_safely(path, lambda p: first.save(p, path.suffix[1:], save_all=True, append_images=rest, duration=60, loop=0))
+    write_safely(path, lambda p: first.save(p, save_all=True, append_images=rest, duration=60, loop=0))
 
 
 def save_mp4(path, chunks, width, height):
@@ -998,7 +998,7 @@ def save_report(path, rows, captions, shown=4, frames=6, scale=3):
     for i, (name, line) in enumerate(zip(rows, lines)):
         pen.text((4, top + i * high + high // 2 - 6 * (1 + name.count("\n"))), name, "black")
         page.paste(line, (left, top + i * high))
-    write_safely(path, lambda p: page.save(p, format="PNG"))
+    write_safely(path, page.save)
 
 
 def print_table(rows):
@@ -1191,7 +1191,7 @@ def save_curves(path, panels, width=330, height=220):
                 pen.line([(x, y - half * scale), (x, y + half * scale)], colour)
                 pen.text((x - 8, height - 30), label, "black")
                 pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
-    write_safely(path, lambda p: page.save(p, format="PNG"))
+    write_safely(path, page.save)
 
 
 # ------------------------------------------------------------------------------------------------------- Full size
