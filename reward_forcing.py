@@ -715,9 +715,8 @@ def write_json(path, content):
 def make_writable(folder):
     """Make the folder if need be. BadInput if nothing can be written there."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_safely(Path(folder) / ".writable", Path.touch)
-        (Path(folder) / ".writable").unlink()
+        (Path(folder) / ".writable").mkdir(parents=True, exist_ok=True)
+        (Path(folder) / ".writable").rmdir()
     except OSError as error:
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
 
