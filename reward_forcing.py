@@ -742,7 +742,7 @@ class Run:
     """A training run in the folder `out`: its data, its models so far, its checkpoint and its log.
 
     state, which is what checkpoint.pt holds: config (with a checksum of the data), words, codec; models: the weights of
-    every finished stage, and the seconds it took; log; partial: step, weights, optimisers of the stage under way.
+    every finished stage; seconds: what each took so far; log; partial: step, models, optimisers of the stage under way.
     """
     def __init__(self, cfg, out, data, device):
         self.cfg, self.out, self.data, self.device = cfg, Path(out), data, device
@@ -782,40 +782,37 @@ class Run:
         even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return shift_sigma(even, self.cfg.shift).to(self.device)
 
-    def train(self, stage, steps, models, optimizers, train_step, result):
-        """Call train_step(step, generator) -> {name: number} `steps` times; models[result] is then the stage's result.
+    def train(self, stage, steps, models, optimizers, train_step):
+        """Call train_step(step, generator) -> {name: number} `steps` times; the last of models is the stage's result.
 
         Goes on where the checkpoint stopped. FloatingPointError, naming the step, if a logged number is not finite.
         """
-        partial, start = self.state["partial"], 0
-        if partial and partial["stage"] == stage:
-            start, self.began = partial["step"], time.time() - partial["seconds"]
-            for name, model in models.items():
-                model.load_state_dict(partial["models"][name])
-            for optimizer, saved in zip(optimizers, partial["optimizers"]):
-                optimizer.load_state_dict(saved)
+        state, parts, start = self.state, [*models, *optimizers], 0
+        if state["partial"]:
+            start, self.began = state["partial"]["step"], time.time() - state["seconds"][stage]
+            for part, saved in zip(parts, state["partial"]["parts"]):
+                part.load_state_dict(saved)
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
             for o in optimizers:
                 o.param_groups[0]["lr"] = o.defaults["lr"] * min(1, (step + 1) / 20) * (1 - step / steps)
             numbers = train_step(step, seeded(self.cfg.seed, stage, step))
-            keep = (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps      # some 20 checkpoints a stage
+            last = step + 1 == steps
+            keep = last or (step + 1) % max(1, steps // 20) == 0                # some 20 checkpoints a stage
             if keep:
-                numbers["weights"] = sum(p.norm().item() for model in models.values() for p in model.parameters())
+                numbers["weights"] = sum(p.norm().item() for model in models for p in model.parameters())
             if wrong := [name for name, number in numbers.items() if not math.isfinite(number)]:
                 raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
                                          "rate, or a larger beta, in another --out may help")
-            if step % 10 == 0 or step == steps - 1:
-                bar.set_postfix_str(" ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
-                self.state["log"].append({"stage": stage, "step": step, **numbers})
-            if keep and step + 1 < steps:
-                self.state["partial"] = {"stage": stage, "step": step + 1, "seconds": time.time() - self.began,
-                                         "models": {name: model.state_dict() for name, model in models.items()},
-                                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            if last or step % 10 == 0:
+                bar.set_postfix(numbers)
+                state["log"].append({"stage": stage, "step": step, **numbers})
+            if keep:
+                state["seconds"][stage] = time.time() - self.began
+                state["partial"] = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
                 self.save()
-        self.state["models"][stage] = {name: p.clone() for name, p in models[result].state_dict().items()}
-        self.state["seconds"][stage] = time.time() - self.began
-        self.state["partial"], self.began = None, time.time()
+        state["models"][stage], state["partial"] = models[-1].state_dict(), None
         self.save()
+        self.began = time.time()
 
 
 # ------------------------------------------------------------------------------------------------- Training stages
@@ -837,7 +834,7 @@ def train_teacher(run):
         prompt = teacher.embed_text(run.text(captions))
         loss = flow_matching_loss(teacher, x0, prompt, sigma, run.noise(g, *x0.shape[:2]))
         return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
-    run.train("teacher", cfg.teacher_steps, {"teacher": teacher}, optimizers, train_step, "teacher")
+    run.train("teacher", cfg.teacher_steps, [teacher], optimizers, train_step)
 
 
 @torch.no_grad()
@@ -884,7 +881,7 @@ def train_ode(run):
             cache.append()
         loss = torch.stack(losses).mean()
         return {"loss": loss.item(), "grad_norm": update(student, optimizers, loss, 1.0)}
-    run.train("ode", cfg.ode_steps, {"student": student}, optimizers, train_step, "student")
+    run.train("ode", cfg.ode_steps, [student], optimizers, train_step)
 
 
 def train_student(run, watch=lambda step, average: None):
@@ -936,8 +933,8 @@ def train_student(run, watch=lambda step, average: None):
         return {"loss": loss.item(), "critic": sum(critic_losses) / cfg.critic_ratio, "reward": reward.mean().item(),
                 "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
                 "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
-    run.train("student", cfg.distill_steps, {"student": student, "critic": critic, "average": average},
-              student_optimizers + critic_optimizers, train_step, "average")        # what streams is the average
+    run.train("student", cfg.distill_steps, [student, critic, average],             # what streams is the average
+              student_optimizers + critic_optimizers, train_step)
 
 
 # ------------------------------------------------------------------------------------------------------- Streaming
