@@ -782,10 +782,11 @@ class Run:
         even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return shift_sigma(even, self.cfg.shift).to(self.device)
 
-    def train(self, stage, steps, models, optimizers, train_step):
-        """Call train_step(step, generator) -> {name: number} `steps` times; the last of models is the stage's result.
+    def train(self, stage, steps, models, optimizers):
+        """Yield (step, generator, log) `steps` times: the caller takes the step and puts {name: number} into log.
 
-        Goes on where the checkpoint stopped. FloatingPointError, naming the step, if a logged number is not finite.
+        Goes on where the checkpoint stopped; the last of models is the stage's result. FloatingPointError, naming the
+        step, if a logged number is not finite.
         """
         state, parts, start = self.state, [*models, *optimizers], 0
         if state["partial"]:
@@ -795,17 +796,18 @@ class Run:
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
             for o in optimizers:
                 o.param_groups[0]["lr"] = o.defaults["lr"] * min(1, (step + 1) / 20) * (1 - step / steps)
-            numbers = train_step(step, seeded(self.cfg.seed, stage, step))
+            log = {}
+            yield step, seeded(self.cfg.seed, stage, step), log
             last = step + 1 == steps
             keep = last or (step + 1) % max(1, steps // 20) == 0                # some 20 checkpoints a stage
             if keep:
-                numbers["weights"] = sum(p.norm().item() for model in models for p in model.parameters())
-            if wrong := [name for name, number in numbers.items() if not math.isfinite(number)]:
+                log["weights"] = sum(p.norm().item() for model in models for p in model.parameters())
+            if wrong := [name for name, number in log.items() if not math.isfinite(number)]:
                 raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
                                          "rate, or a larger beta, in another --out may help")
             if last or step % 10 == 0:
-                bar.set_postfix(numbers)
-                state["log"].append({"stage": stage, "step": step, **numbers})
+                bar.set_postfix(log)
+                state["log"].append({"stage": stage, "step": step, **log})
             if keep:
                 state["seconds"][stage] = time.time() - self.began
                 state["partial"] = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
@@ -820,8 +822,7 @@ def train_teacher(run):
     """Stage 1: a bidirectional model learns the data by flow matching, now and then without its caption."""
     cfg, teacher = run.cfg, run.model(trainable=True)
     optimizers = make_optimizers(teacher, cfg.teacher_lr)
-
-    def train_step(step, g):
+    for _, g, log in run.train("teacher", cfg.teacher_steps, [teacher], optimizers):
         captions, crops = [], []
         for i, flip in zip(torch.randint(len(run.clips), (cfg.teacher_batch,), generator=g).tolist(),
                            torch.rand(cfg.teacher_batch, generator=g) < 0.5):
@@ -833,8 +834,7 @@ def train_teacher(run):
         sigma = run.noise_levels(g, cfg.teacher_batch)
         prompt = teacher.embed_text(run.text(captions))
         loss = flow_matching_loss(teacher, x0, prompt, sigma, run.noise(g, *x0.shape[:2]))
-        return {"loss": loss.item(), "grad_norm": update(teacher, optimizers, loss, 1.0)}
-    run.train("teacher", cfg.teacher_steps, [teacher], optimizers, train_step)
+        log.update(loss=loss.item(), grad_norm=update(teacher, optimizers, loss, 1.0))
 
 
 @torch.no_grad()
@@ -865,8 +865,7 @@ def train_ode(run):
     student = run.model("teacher", trainable=True)
     optimizers = make_optimizers(student, cfg.ode_lr)
     sigmas = torch.tensor(cfg.sigmas, device=run.device)
-
-    def train_step(step, g):
+    for _, g, log in run.train("ode", cfg.ode_steps, [student], optimizers):
         picked = torch.randint(cfg.ode_clips, (cfg.ode_batch,), generator=g)
         prompt = student.embed_text(text[picked])
         cache = EMASinkCache(cfg, cfg.ode_batch, run.device)
@@ -880,8 +879,7 @@ def train_ode(run):
                 student(clean, torch.zeros_like(sigma), prompt, cache)
             cache.append()
         loss = torch.stack(losses).mean()
-        return {"loss": loss.item(), "grad_norm": update(student, optimizers, loss, 1.0)}
-    run.train("ode", cfg.ode_steps, [student], optimizers, train_step)
+        log.update(loss=loss.item(), grad_norm=update(student, optimizers, loss, 1.0))
 
 
 def train_student(run, watch=lambda step, average: None):
@@ -907,7 +905,8 @@ def train_student(run, watch=lambda step, average: None):
     def judge(x, captions):
         return run.reward(run.codec.decode(x.detach()), captions).to(run.device)                  # (B,)
 
-    def train_step(step, g):
+    for step, g, log in run.train("student", cfg.distill_steps, [student, critic, average],       # the average streams
+                                  student_optimizers + critic_optimizers):
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
@@ -929,12 +928,10 @@ def train_student(run, watch=lambda step, average: None):
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
+        log.update(loss=loss.item(), critic=sum(critic_losses) / cfg.critic_ratio, reward=reward.mean().item(),
+                   weight_min=weight.min().item(), weight_max=weight.max().item(), grad_norm=norm,
+                   gap=(x0_real - x0_fake).abs().mean().item(), sink_updates=cache.updates)
         watch(step, average)
-        return {"loss": loss.item(), "critic": sum(critic_losses) / cfg.critic_ratio, "reward": reward.mean().item(),
-                "weight_min": weight.min().item(), "weight_max": weight.max().item(), "grad_norm": norm,
-                "gap": (x0_real - x0_fake).abs().mean().item(), "sink_updates": cache.updates}
-    run.train("student", cfg.distill_steps, [student, critic, average],             # what streams is the average
-              student_optimizers + critic_optimizers, train_step)
 
 
 # ------------------------------------------------------------------------------------------------------- Streaming

@@ -697,14 +697,13 @@ def test_toy_resumed_after_a_kill_in_every_stage_is_bitwise_equal(tmp_path, monk
     kills = iter([("teacher", 13), ("ode", 2), ("student", 3)])
     kill, train = next(kills), rf.Run.train
 
-    def killed(self, stage, steps, models, optimizers, train_step):
-        def step_or_die(step, g):
-            nonlocal kill
+    def killed(self, stage, *what):
+        nonlocal kill
+        for step, g, log in train(self, stage, *what):
             if (stage, step) == kill:
                 kill = next(kills, None)
                 raise KeyboardInterrupt
-            return train_step(step, g)
-        train(self, stage, steps, models, optimizers, step_or_die)
+            yield step, g, log
     monkeypatch.setattr(rf.Run, "train", killed)
     assert [rf.main(["--toy", "--out", str(tmp_path / "killed"), *TINY]) for _ in range(4)] == [130, 130, 130, 0]
     assert without_seconds(tmp_path / "whole") == without_seconds(tmp_path / "killed")
@@ -1061,13 +1060,11 @@ def test_ruined_weights_are_never_saved(tmp_path, capsys):
     assert "teacher step 0: weights" in capsys.readouterr().err and not (tmp_path / "checkpoint.pt").exists()
     run = rf.Run(TOY, tmp_path, HERE / "tiny_data", "cpu")
     model = run.model(trainable=True)
-
-    def train_step(step, g):                                                # the last of 41 steps ruins the weights
-        if step == 40:
-            model.head.head.weight.data.fill_(math.nan)
-        return {"loss": 1.0}
     with pytest.raises(FloatingPointError, match="teacher step 40: weights"):
-        run.train("teacher", 41, [model], [], train_step)
+        for step, _, log in run.train("teacher", 41, [model], []):
+            log["loss"] = 1.0
+            if step == 40:                                                  # the last of 41 steps ruins the weights
+                model.head.head.weight.data.fill_(math.nan)
 
 
 def test_another_reward_can_take_its_place(data, tmp_path, monkeypatch):
