@@ -831,9 +831,8 @@ def train_teacher(run):
             crops.append(crop.flip(-1) if flip else crop)
             captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
         x0 = run.codec.encode(torch.stack(crops)).to(run.device)
-        sigma = run.noise_levels(g, cfg.teacher_batch)
-        prompt = teacher.embed_text(run.text(captions))
-        loss = flow_matching_loss(teacher, x0, prompt, sigma, run.noise(g, *x0.shape[:2]))
+        sigma, noise = run.noise_levels(g, len(x0)), run.noise(g, *x0.shape[:2])
+        loss = flow_matching_loss(teacher, x0, teacher.embed_text(run.text(captions)), sigma, noise)
         log.update(loss=loss.item(), grad_norm=update(teacher, optimizers, loss, 1.0))
 
 
@@ -858,17 +857,15 @@ def train_ode(run):
 
     Each chunk has its own noise level; its context is the trajectory's clean end, through the cache as in streaming.
     """
-    cfg, teacher = run.cfg, run.model("teacher")
+    cfg, student = run.cfg, run.model("teacher", trainable=True)
     text = run.text([run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)])
     noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
-    paths = teacher_trajectory(teacher, noise, text, cfg).unflatten(2, (-1, cfg.chunk))
-    student = run.model("teacher", trainable=True)
+    paths = teacher_trajectory(run.model("teacher"), noise, text, cfg).unflatten(2, (-1, cfg.chunk))
     optimizers = make_optimizers(student, cfg.ode_lr)
     sigmas = torch.tensor(cfg.sigmas, device=run.device)
     for _, g, log in run.train("ode", cfg.ode_steps, [student], optimizers):
         picked = torch.randint(cfg.ode_clips, (cfg.ode_batch,), generator=g)
-        prompt = student.embed_text(text[picked])
-        cache = EMASinkCache(cfg, cfg.ode_batch, run.device)
+        prompt, cache = student.embed_text(text[picked]), EMASinkCache(cfg, cfg.ode_batch, run.device)
         losses = []
         for chunk in range(cfg.clip // cfg.chunk):
             level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
@@ -885,9 +882,8 @@ def train_ode(run):
 def train_student(run, watch=lambda step, average: None):
     """Stage 3: Re-DMD on the student's own rollouts. A critic, started from the teacher, learns what the student makes;
     the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
-    cfg, teacher = run.cfg, run.model("teacher")
+    cfg, teacher, average = run.cfg, run.model("teacher"), run.model("ode")
     student, critic = run.model("ode", trainable=True), run.model("teacher", trainable=True)
-    average = run.model("ode")
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
 
@@ -896,9 +892,8 @@ def train_student(run, watch=lambda step, average: None):
         captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
         exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
         cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.text(captions)
-        chunks = rollout(student, text, cfg, lambda: run.noise(g, cfg.distill_batch, cfg.chunk),
-                         cfg.clip // cfg.chunk, exit_step, cache)
-        x = torch.cat(list(chunks), 1)
+        draw = lambda: run.noise(g, cfg.distill_batch, cfg.chunk)
+        x = torch.cat(list(rollout(student, text, cfg, draw, cfg.clip // cfg.chunk, exit_step, cache)), 1)
         sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])    # as DMD clamps
         return x, captions, text, sigma, noise, cache
 
@@ -925,9 +920,8 @@ def train_student(run, watch=lambda step, average: None):
         beta = cfg.beta if cfg.tilt == "student" else math.inf
         loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
         norm = update(student, student_optimizers, loss, 10.0)              # the public code's limit
-        with torch.no_grad():
-            for mean, new in zip(average.parameters(), student.parameters()):
-                mean.lerp_(new, 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
+        for mean, new in zip(average.parameters(), student.parameters()):
+            mean.lerp_(new.detach(), 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
         log.update(loss=loss.item(), critic=sum(critic_losses) / cfg.critic_ratio, reward=reward.mean().item(),
                    weight_min=weight.min().item(), weight_max=weight.max().item(), grad_norm=norm,
                    gap=(x0_real - x0_fake).abs().mean().item(), sink_updates=cache.updates)
