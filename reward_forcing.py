@@ -945,8 +945,7 @@ def stream(student, codec, text, cfg, captions, frames=None, seed=0):
 
 def picture(pixels, scale):
     """(3, height, width) uint8 to an image, enlarged."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-    return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
+    return ImageOps.scale(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), scale, Image.NEAREST)
 
 
 def save_gif(path, videos, scale=3, columns=4):
