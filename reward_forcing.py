@@ -969,21 +969,20 @@ def save_mp4(path, chunks, width, height):
 
 def save_report(path, rows, captions, shown=4, frames=6, scale=3):
     """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` captions."""
-    picked = torch.linspace(0, len(captions) - 1, shown).round().long()
-    lines = []
-    for videos in rows.values():
-        cells = videos[picked][:, torch.linspace(0, videos.shape[1] - 1, frames).round().long()]
-        cells = F.pad(cells.permute(0, 2, 3, 1, 4).flatten(3), (0, 3, 0, 2), value=255)   # one row of frames each
-        lines.append(picture(torch.cat(list(cells), 2), scale))
+    evenly = lambda count, of: torch.linspace(0, of - 1, count).round().long()
+    picked = evenly(shown, len(captions))
+    cells = torch.stack([videos[picked][:, evenly(frames, videos.shape[1])] for videos in rows.values()])
+    cells = cells.permute(3, 0, 4, 1, 2, 5).flatten(4)                      # (3, rows, height, shown, frames * width)
+    grid = picture(F.pad(cells, (0, 3, 0, 0, 0, 2), value=255).flatten(3).flatten(1, 2), scale)
     left, top = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12, 18
-    wide, high = lines[0].size
-    page = Image.new("RGB", (left + wide, top + high * len(lines)), "white")
+    page = Image.new("RGB", (left + grid.width, top + grid.height), "white")
     pen = ImageDraw.Draw(page)
     for i, caption in enumerate(picked):
-        pen.text((left + i * wide // shown, 3), captions[caption], "black")
-    for i, (name, line) in enumerate(zip(rows, lines)):
-        pen.text((4, top + i * high + high // 2 - 6 * (1 + name.count("\n"))), name, "black")
-        page.paste(line, (left, top + i * high))
+        pen.text((left + i * grid.width // shown, 3), captions[caption], "black")
+    for i, name in enumerate(rows):
+        middle = top + (2 * i + 1) * grid.height // (2 * len(rows))
+        pen.text((4, middle - 6 * (1 + name.count("\n"))), name, "black")
+    page.paste(grid, (left, top))
     write_safely(path, page.save)
 
 
