@@ -995,12 +995,11 @@ def print_table(rows):
 
 
 @torch.no_grad()
-def report(run, frames, repeats=4, part=60):
-    """Stage 4: sample the captions `repeats` times from teacher and students, stream each of them, measure, draw."""
+def report(run, frames):
+    """Stage 4: sample the captions four times from teacher and students, stream each of them, measure, draw."""
     cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
-    part = min(part, frames)
-    captions, text = prompts * repeats, run.text(prompts * repeats)
-    noise = run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
+    captions, part = prompts * 4, min(60, frames)                           # part: frames at either end of the stream
+    text, noise = run.text(captions), run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
     videos = {"teacher": run.codec.decode(teacher_trajectory(run.model("teacher"), noise, text, cfg)[:, -1])}
     for name in ("ode", "student"):
         g = seeded(cfg.seed, "renoise")                                     # chunks start from the teacher's noise
@@ -1021,13 +1020,12 @@ def report(run, frames, repeats=4, part=60):
                "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
                           "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
                "parameters": sum(p.numel() for p in run.model().parameters())}
-    labels = {"data": "data", "teacher": "teacher", "ode": "student, ODE", "student": "student, Re-DMD"}
-    save_report(run.out / "report.png", dict(zip(labels.values(), [data, *videos.values()])), prompts)
+    rows = dict(zip(("data", "teacher", "student, ODE", "student, Re-DMD"), metrics.values()))
+    save_report(run.out / "report.png", dict(zip(rows, [data, *videos.values()])), prompts)
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_json(run.out / "metrics.json", metrics)
-    rows = {label: metrics[key] for key, label in labels.items()}
     rows |= {f"stream, {end} {part}": metrics["stream"][end] for end in ("first", "last")}
     print_table({label: {name: "-" if x is None else f"{x:.3f}" for name, x in row.items()}
                  for label, row in rows.items()})
