@@ -683,12 +683,12 @@ def make_optimizers(model, lr):
             torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
 
-def update(model, optimizers, loss, max_norm):
+def update(model, loss, max_norm):
     """One optimiser step down the gradient of loss, clipped to max_norm; returns the norm before clipping."""
     model.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    for optimizer in optimizers:
+    for optimizer in model.optimizers:
         optimizer.step()
     return norm.item()
 
@@ -766,13 +766,15 @@ class Run:
         lines = "".join(json.dumps(row) + "\n" for row in self.state["log"])
         write_safely(self.out / "log.jsonl", lambda path: path.write_text(lines))
 
-    def model(self, name=None, trainable=False):
-        """A new VideoTransformer: freshly initialised, or with the weights of a finished stage."""
+    def model(self, name=None, lr=None):
+        """A new VideoTransformer, fresh or with the weights of a finished stage; given lr, to be trained."""
         torch.manual_seed(self.cfg.seed)
         model = VideoTransformer(self.cfg)
         if name:
             model.load_state_dict(self.state["models"][name])
-        return model.to(self.device).requires_grad_(trainable)
+        model.to(self.device).requires_grad_(lr is not None)
+        model.optimizers = make_optimizers(model, lr) if lr else []
+        return model
 
     def noise(self, generator, batch, frames):
         return torch.randn(batch, frames, *self.cfg.latent, generator=generator).to(self.device)
@@ -782,13 +784,14 @@ class Run:
         even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return shift_sigma(even, self.cfg.shift).to(self.device)
 
-    def train(self, stage, steps, models, optimizers):
+    def train(self, stage, steps, models):
         """Yield (step, generator, log) `steps` times: the caller takes the step and puts {name: number} into log.
 
         Goes on where the checkpoint stopped; the last of models is the stage's result. FloatingPointError, naming the
         step, if a logged number is not finite.
         """
-        state, parts, start = self.state, [*models, *optimizers], 0
+        state, optimizers, start = self.state, [o for model in models for o in model.optimizers], 0
+        parts = [*models, *optimizers]
         if state["partial"]:
             start, self.began = state["partial"]["step"], time.time() - state["seconds"][stage]
             for part, saved in zip(parts, state["partial"]["parts"]):
@@ -820,9 +823,8 @@ class Run:
 # ------------------------------------------------------------------------------------------------- Training stages
 def train_teacher(run):
     """Stage 1: a bidirectional model learns the data by flow matching, now and then without its caption."""
-    cfg, teacher = run.cfg, run.model(trainable=True)
-    optimizers = make_optimizers(teacher, cfg.teacher_lr)
-    for _, g, log in run.train("teacher", cfg.teacher_steps, [teacher], optimizers):
+    cfg, teacher = run.cfg, run.model(lr=run.cfg.teacher_lr)
+    for _, g, log in run.train("teacher", cfg.teacher_steps, [teacher]):
         captions, crops = [], []
         for i, flip in zip(torch.randint(len(run.clips), (cfg.teacher_batch,), generator=g).tolist(),
                            torch.rand(cfg.teacher_batch, generator=g) < 0.5):
@@ -833,7 +835,7 @@ def train_teacher(run):
         x0 = run.codec.encode(torch.stack(crops)).to(run.device)
         sigma, noise = run.noise_levels(g, len(x0)), run.noise(g, *x0.shape[:2])
         loss = flow_matching_loss(teacher, x0, teacher.embed_text(run.text(captions)), sigma, noise)
-        log.update(loss=loss.item(), grad_norm=update(teacher, optimizers, loss, 1.0))
+        log.update(loss=loss.item(), grad_norm=update(teacher, loss, 1.0))
 
 
 @torch.no_grad()
@@ -857,13 +859,12 @@ def train_ode(run):
 
     Each chunk has its own noise level; its context is the trajectory's clean end, through the cache as in streaming.
     """
-    cfg, student = run.cfg, run.model("teacher", trainable=True)
+    cfg, student = run.cfg, run.model("teacher", lr=run.cfg.ode_lr)
     text = run.text([run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)])
     noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
     paths = teacher_trajectory(run.model("teacher"), noise, text, cfg).unflatten(2, (-1, cfg.chunk))
-    optimizers = make_optimizers(student, cfg.ode_lr)
     sigmas = torch.tensor(cfg.sigmas, device=run.device)
-    for _, g, log in run.train("ode", cfg.ode_steps, [student], optimizers):
+    for _, g, log in run.train("ode", cfg.ode_steps, [student]):
         picked = torch.randint(cfg.ode_clips, (cfg.ode_batch,), generator=g)
         prompt, cache = student.embed_text(text[picked]), EMASinkCache(cfg, cfg.ode_batch, run.device)
         losses = []
@@ -876,16 +877,14 @@ def train_ode(run):
                 student(clean, torch.zeros_like(sigma), prompt, cache)
             cache.append()
         loss = torch.stack(losses).mean()
-        log.update(loss=loss.item(), grad_norm=update(student, optimizers, loss, 1.0))
+        log.update(loss=loss.item(), grad_norm=update(student, loss, 1.0))
 
 
 def train_student(run, watch=lambda step, average: None):
     """Stage 3: Re-DMD on the student's own rollouts. A critic, started from the teacher, learns what the student makes;
     the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
     cfg, teacher, average = run.cfg, run.model("teacher"), run.model("ode")
-    student, critic = run.model("ode", trainable=True), run.model("teacher", trainable=True)
-    student_optimizers = make_optimizers(student, cfg.student_lr)
-    critic_optimizers = make_optimizers(critic, cfg.critic_lr)
+    student, critic = run.model("ode", lr=cfg.student_lr), run.model("teacher", lr=cfg.critic_lr)
 
     def sample(g):
         """Rollouts x (B, F, C, h, w), all stopped at one random step; their captions, text, noise and the cache."""
@@ -900,15 +899,14 @@ def train_student(run, watch=lambda step, average: None):
     def judge(x, captions):
         return run.reward(run.codec.decode(x.detach()), captions).to(run.device)                  # (B,)
 
-    for step, g, log in run.train("student", cfg.distill_steps, [student, critic, average],       # the average streams
-                                  student_optimizers + critic_optimizers):
+    for step, g, log in run.train("student", cfg.distill_steps, [student, critic, average]):      # the average streams
         critic_losses = []
         for _ in range(cfg.critic_ratio):
             with torch.no_grad():
                 x, captions, text, sigma, noise, _ = sample(g)
             weight = critic_weight(judge(x, captions), cfg.beta) if cfg.tilt == "critic" else 1.0
             loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, weight)
-            update(critic, critic_optimizers, loss, 1.0)
+            update(critic, loss, 1.0)
             critic_losses.append(loss.item())
 
         x, captions, text, sigma, noise, cache = sample(g)
@@ -919,7 +917,7 @@ def train_student(run, watch=lambda step, average: None):
             x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), sigma)
         beta = cfg.beta if cfg.tilt == "student" else math.inf
         loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
-        norm = update(student, student_optimizers, loss, 10.0)              # the public code's limit
+        norm = update(student, loss, 10.0)                                  # the public code's limit
         for mean, new in zip(average.parameters(), student.parameters()):
             mean.lerp_(new.detach(), 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
         log.update(loss=loss.item(), critic=sum(critic_losses) / cfg.critic_ratio, reward=reward.mean().item(),

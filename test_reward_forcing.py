@@ -672,12 +672,12 @@ def test_muon_orthogonalises_and_takes_equal_shapes_together():
 
 def test_optimizer_steps_once_per_update(monkeypatch):
     model, calls = VideoTransformer(SMALL), []
-    optimizers = rf.make_optimizers(model, 0.1)
+    optimizers = model.optimizers = rf.make_optimizers(model, 0.1)
     owned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
     for o in optimizers:
         monkeypatch.setattr(o, "step", lambda o=o: calls.append(o))
-    rf.update(model, optimizers, sum(p.square().sum() for p in model.parameters()), 1.0)
+    rf.update(model, sum(p.square().sum() for p in model.parameters()), 1.0)
     assert calls == optimizers
 
 
@@ -1059,9 +1059,9 @@ def test_ruined_weights_are_never_saved(tmp_path, capsys):
     assert rf.main(["--toy", "--out", str(tmp_path), *TINY, "--teacher-lr", "1e30"]) == 1       # a checkpoint every step
     assert "teacher step 0: weights" in capsys.readouterr().err and not (tmp_path / "checkpoint.pt").exists()
     run = rf.Run(TOY, tmp_path, HERE / "tiny_data", "cpu")
-    model = run.model(trainable=True)
+    model = run.model(lr=0.1)
     with pytest.raises(FloatingPointError, match="teacher step 40: weights"):
-        for step, _, log in run.train("teacher", 41, [model], []):
+        for step, _, log in run.train("teacher", 41, [model]):
             log["loss"] = 1.0
             if step == 40:                                                  # the last of 41 steps ruins the weights
                 model.head.head.weight.data.fill_(math.nan)
