@@ -885,6 +885,7 @@ def train_student(run, watch=lambda step, average: None):
     the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
     cfg, teacher, average = run.cfg, run.model("teacher"), run.model("ode")
     student, critic = run.model("ode", lr=cfg.student_lr), run.model("teacher", lr=cfg.critic_lr)
+    judge = lambda x, captions: run.reward(run.codec.decode(x.detach()), captions).to(run.device)     # (B,)
 
     def sample(g):
         """Rollouts x (B, F, C, h, w), all stopped at one random step; their captions, text, noise and the cache."""
@@ -895,9 +896,6 @@ def train_student(run, watch=lambda step, average: None):
         x = torch.cat(list(rollout(student, text, cfg, draw, cfg.clip // cfg.chunk, exit_step, cache)), 1)
         sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])    # as DMD clamps
         return x, captions, text, sigma, noise, cache
-
-    def judge(x, captions):
-        return run.reward(run.codec.decode(x.detach()), captions).to(run.device)                  # (B,)
 
     for step, g, log in run.train("student", cfg.distill_steps, [student, critic, average]):      # the average streams
         critic_losses = []
