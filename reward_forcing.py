@@ -939,17 +939,13 @@ def stream(student, codec, text, cfg, captions, frames=None, seed=0):
         yield codec.decode(latents, memory) if codec else latents
 
 
-def picture(pixels, scale):
-    """(3, height, width) uint8 to an image, enlarged."""
-    return ImageOps.scale(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()), scale, Image.NEAREST)
-
-
-def save_gif(path, videos, scale=3, columns=4):
+def save_gif(path, videos, scale=3):
     """Videos (B, F, 3, height, width) uint8 in a grid as one GIF or WebP of 16.7 frames per second."""
-    columns = min(columns, len(videos))
+    columns = min(4, len(videos))
     videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
-    frames = torch.cat([torch.cat(list(row), 3) for row in videos.split(columns)], 2)
-    first, *rest = [picture(frame, scale) for frame in frames]
+    grid = videos.unflatten(0, (-1, columns)).permute(2, 0, 4, 1, 5, 3)     # (F, rows, height, columns, width, 3)
+    frames = grid.flatten(3, 4).flatten(1, 2).numpy()
+    first, *rest = [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST) for frame in frames]
     write_safely(path, lambda p: first.save(p, save_all=True, append_images=rest, duration=60, loop=0))
 
 
@@ -963,13 +959,14 @@ def save_mp4(path, chunks, width, height):
         raise BadInput(f"ffmpeg could not write {path}: see its message above")
 
 
-def save_report(path, rows, captions, shown=4, frames=6, scale=3):
+def save_report(path, rows, captions, shown=4, frames=6):
     """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` captions."""
     evenly = lambda count, of: torch.linspace(0, of - 1, count).round().long()
     picked = evenly(shown, len(captions))
     cells = torch.stack([videos[picked][:, evenly(frames, videos.shape[1])] for videos in rows.values()])
-    cells = cells.permute(3, 0, 4, 1, 2, 5).flatten(4)                      # (3, rows, height, shown, frames * width)
-    grid = picture(F.pad(cells, (0, 3, 0, 0, 0, 2), value=255).flatten(3).flatten(1, 2), scale)
+    cells = cells.permute(0, 4, 1, 2, 5, 3).flatten(3, 4)                   # (rows, height, shown, frames * width, 3)
+    cells = F.pad(cells, (0, 0, 0, 3, 0, 0, 0, 2), value=255).flatten(2, 3).flatten(0, 1).numpy()
+    grid = ImageOps.scale(Image.fromarray(cells), 3, Image.NEAREST)
     left, top = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12, 18
     page = Image.new("RGB", (left + grid.width, top + grid.height), "white")
     pen = ImageDraw.Draw(page)
