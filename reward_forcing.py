@@ -1020,8 +1020,7 @@ def report(run, frames):
     metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
     write_json(run.out / "metrics.json", metrics)
     rows |= {f"stream, {end} {part}": metrics["stream"][end] for end in ("first", "last")}
-    print_table({label: {name: "-" if x is None else f"{x:.3f}" for name, x in row.items()}
-                 for label, row in rows.items()})
+    print_table({label: {k: "-" if x is None else f"{x:.3f}" for k, x in row.items()} for label, row in rows.items()})
     print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
           f"of each. report.png, the GIFs and metrics.json are in {run.out}")
 
