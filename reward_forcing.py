@@ -987,7 +987,6 @@ def print_table(rows):
         print(label.ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(cells, widths[1:])))
 
 
-@torch.no_grad()
 def report(run, frames):
     """Stage 4: sample the captions four times from teacher and students, stream each of them, measure, draw."""
     cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
