@@ -731,9 +731,8 @@ def load_checkpoint(path, given, free=()):
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
         raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
-    here = asdict(Config()) | there | given                                 # a field that it lacks has its default here
-    differ = [f"{k}={there.get(k)} there and {v} here" for k, v in here.items() if k not in free and there.get(k) != v]
-    if differ:
+    here = {k: v for k, v in (asdict(Config()) | there | given).items() if k not in free}     # a new field: its default
+    if differ := [f"{k}={there.get(k)} there and {v} here" for k, v in here.items() if there.get(k) != v]:
         raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
     return state
 
