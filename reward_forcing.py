@@ -684,7 +684,7 @@ def make_optimizers(model, lr):
 
 
 def update(model, loss, max_norm):
-    """One optimiser step down the gradient of loss, clipped to max_norm; returns the norm before clipping."""
+    """One step of the model's optimizers down the gradient of loss, clipped to max_norm; returns the norm before."""
     model.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -789,8 +789,8 @@ class Run:
         Goes on where the checkpoint stopped; the last of models is the stage's result. FloatingPointError, naming the
         step, if a logged number is not finite.
         """
-        state, optimizers, start = self.state, [o for model in models for o in model.optimizers], 0
-        parts = [*models, *optimizers]
+        optimizers = [optimizer for model in models for optimizer in model.optimizers]
+        state, parts, start = self.state, [*models, *optimizers], 0
         if state["partial"]:
             start, self.began = state["partial"]["step"], time.time() - state["seconds"][stage]
             for part, saved in zip(parts, state["partial"]["parts"]):
@@ -798,8 +798,7 @@ class Run:
         for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
             for o in optimizers:
                 o.param_groups[0]["lr"] = o.defaults["lr"] * min(1, (step + 1) / 20) * (1 - step / steps)
-            log = {}
-            yield step, seeded(self.cfg.seed, stage, step), log
+            yield step, seeded(self.cfg.seed, stage, step), (log := {})
             last = step + 1 == steps
             keep = last or (step + 1) % max(1, steps // 20) == 0                # some 20 checkpoints a stage
             if keep:
