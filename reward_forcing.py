@@ -768,10 +768,9 @@ class Run:
     def model(self, name=None, lr=None):
         """A new VideoTransformer, fresh or with the weights of a finished stage; given lr, to be trained."""
         torch.manual_seed(self.cfg.seed)
-        model = VideoTransformer(self.cfg)
+        model = VideoTransformer(self.cfg).to(self.device).requires_grad_(lr is not None)
         if name:
             model.load_state_dict(self.state["models"][name])
-        model.to(self.device).requires_grad_(lr is not None)
         model.optimizers = make_optimizers(model, lr) if lr else []
         return model
 
