@@ -925,8 +925,7 @@ def train_student(run, watch=lambda step, average: None):
 def stream(student, codec, text, cfg, captions, frames=None, seed=0):
     """Yield decoded frames (B, F, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
 
-    codec (None: the latents are not decoded) and text as PatchCodec and WordText. BadInput if frames does not make
-    whole chunks.
+    codec (None: latents, not decoded) and text as PatchCodec and WordText. BadInput unless frames make whole chunks.
     """
     chunks, device = None if frames is None else cfg.chunks_in(frames), student.patch_embedding.weight.device
     generator, shape = seeded(seed, "stream", device=device), (len(captions), cfg.chunk, *cfg.latent)
