@@ -83,6 +83,7 @@ class BadInput(Exception):
 
 
 def require(fits, wrong):
+    """BadInput with the message `wrong` unless `fits`."""
     if not fits:
         raise BadInput(wrong)
 
@@ -399,24 +400,28 @@ class EMASinkCache:
 
     @torch.no_grad()
     def append(self):
-        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0).
-        Each of its frames pushes one out of the window. Rotates what stays, once for all passes of the coming chunk."""
+        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0), evict what that
+        pushes out of the window, and rotate what stays, once for all passes of the coming chunk."""
         new = torch.stack([torch.stack(pair) for pair in self.staged], 1).unflatten(3, (self.cfg.chunk, -1))
         for frame in new.unbind(3):
             store = self.sink if self.seen < self.cfg.sink else self.recent     # the sink starts as the first S frames
             store[:, :, :, self.seen % store.shape[3]] = frame
             self.seen += 1
-            leaving = self.seen - self.slots
-            if leaving >= self.cfg.sink > 0:
-                slot = self.sink[:, :, :, leaving % self.cfg.sink]
-                slot.lerp_(self.recent[:, :, :, leaving % self.slots].float(), 1 - self.cfg.alpha)
-                self.updates += 1
-        held = range(max(self.cfg.sink, leaving + 1), self.seen)
+            if self.seen - self.slots >= self.cfg.sink:
+                self.evict(self.seen - self.slots)
+        held = range(max(self.cfg.sink, self.seen - self.slots + 1), self.seen)
         parts = [self.sink[:, :, :, :self.seen], *(self.recent[:, :, :, f % self.slots, None] for f in held)]
         for layer, (keys, values) in enumerate(self.window):
             k, v = torch.cat([part[:, layer].type_as(keys) for part in parts], 2).flatten(2, 3)
             self.length = k.shape[1]                                # (B, length, H, D)
             keys[:, :self.length], values[:, :self.length] = rotate(k, self.rope[:, :self.length]), v
+
+    def evict(self, frame):
+        """Fold frame number `frame`, the oldest that is not in the sink, into the sink; without a sink it is lost."""
+        if self.cfg.sink:
+            slot = self.sink[:, :, :, frame % self.cfg.sink]
+            slot.lerp_(self.recent[:, :, :, frame % self.slots].float(), 1 - self.cfg.alpha)
+            self.updates += 1
 
 
 # ------------------------------------------------------------------------------------------------ VideoTransformer
@@ -715,8 +720,8 @@ def write_json(path, content):
 def make_writable(folder):
     """Make the folder if need be. BadInput if nothing can be written there."""
     try:
-        (Path(folder) / ".writable").mkdir(parents=True, exist_ok=True)
-        (Path(folder) / ".writable").rmdir()
+        (folder / ".writable").mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").rmdir()
     except OSError as error:
         raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
 
@@ -951,8 +956,7 @@ def save_mp4(path, chunks, width, height):
     with contextlib.suppress(BrokenPipeError), subprocess.Popen([*command, path], stdin=subprocess.PIPE) as ffmpeg:
         for frames in chunks:
             ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-    if ffmpeg.returncode:
-        raise BadInput(f"ffmpeg could not write {path}: see its message above")
+    require(ffmpeg.returncode == 0, f"ffmpeg could not write {path}: see its message above")
 
 
 def save_report(path, rows, captions, shown=4, frames=6):
@@ -1030,7 +1034,7 @@ SEEDS = range(40, 50)                                                       # th
 STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
 MARGINS = {"higher": lambda new, old: new - old, "lower": lambda new, old: old - new,           # above zero if it is so
            "10 % higher": lambda new, old: new - 1.1 * old, "not 0.03 lower": lambda new, old: new - old + 0.03}
-CLAIMS = (("EMA", "static", "speed", "higher"), ("EMA", "static", "copy", "lower"),     # new against old: what is how
+CLAIMS = (("EMA", "static", "speed", "higher"), ("EMA", "static", "copy", "lower"),     # new, old, measure, margin
           ("EMA", "none", "drift", "lower"), ("EMA", "none", "speed", "higher"),
           ("Re-DMD", "DMD", "speed", "higher"), ("Re-DMD", "DMD", "speed", "10 % higher"),
           ("Re-DMD", "DMD", "shape", "not 0.03 lower"),
@@ -1090,8 +1094,8 @@ def ablate(run, seeds, frames):
     done = {}
     with contextlib.suppress(ValueError):
         done = json.loads(path.read_text()) if path.exists() else empty
-    if not isinstance(done, dict) or {**done, "students": {}} != empty:
-        raise BadInput(f"{path} is damaged, or of another config or --frames: delete it or choose another --out")
+    require(isinstance(done, dict) and {**done, "students": {}} == empty,
+            f"{path} is damaged, or of another config or --frames: delete it or choose another --out")
     jobs = {f"{name}, seed {seed}": (name, replace(cfg, seed=seed, **variants[name]))
             for seed in SEEDS[:seeds] for name in (variants if seed == SEEDS[0] else VARIANTS)}
     os.environ["TQDM_DISABLE"] = "1"                                        # no bars in the workers, which inherit it
@@ -1113,9 +1117,11 @@ def ablate(run, seeds, frames):
 
 
 def summarise(run, runs, betas):
-    """Print means with 95 % intervals, and for each claim whether that of the paired difference (the same seed on both
-    sides) lies above zero; draw the pictures. runs: {variant: [what ablation.json holds of a student, by seed]}; betas:
-    {beta: its variant}."""
+    """Print means with 95 % intervals, and for each claim whether that of its margin, paired (the same seed on both
+    sides), lies above zero; draw the pictures.
+
+    runs: {variant: [what ablation.json holds of a student, by seed]}; betas: {beta: its variant}.
+    """
     names = [name for name in ("speed", "reward", "copy", "drift", "colour", "shape")
              if runs["DMD, EMA"][0][name] is not None]
     texts = {variant: {name: "{:.3f} +- {:.3f}".format(*interval([student[name] for student in runs[variant]]))
@@ -1298,8 +1304,8 @@ def open_student(args, given, device, dtype):
     if args.stream and args.preset == "toy":
         path = args.out / "checkpoint.pt"
         state = load_checkpoint(path, given, free=("alpha", "sink", "window", "seed"))
-        if state is None or "student" not in state["models"]:
-            raise BadInput(f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
+        require(state and "student" in state["models"],
+                f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
         cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
         features = WordText(cfg, state["words"])([args.prompt])
         student, codec = VideoTransformer(cfg), PatchCodec(cfg, state["codec"])
@@ -1308,9 +1314,9 @@ def open_student(args, given, device, dtype):
         cfg = replace(PRESETS[args.preset], **given)
         if args.stream:
             cfg.chunks_in(args.frames)                                      # refused before anything is loaded
-            if not (args.weights and args.wan):
-                raise BadInput("--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
-        with torch.device("meta" if args.weights else device):              # without, random ones, which are as fast
+            require(args.weights and args.wan,
+                    "--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
+        with torch.device("meta" if args.weights else "cpu"):               # without, random ones, which are as fast
             student = VideoTransformer(cfg).to(dtype)
         if args.weights:
             load_weights(student, args.weights)
@@ -1328,8 +1334,7 @@ def open_student(args, given, device, dtype):
 
 def stream_command(args, given, device, dtype):
     """Stream args.prompt: the toy from the checkpoint in args.out, the full size from args.weights and args.wan."""
-    if not args.prompt:
-        raise BadInput('--stream needs a --prompt, for example --prompt "a red circle"')
+    require(args.prompt, '--stream needs a --prompt, for example --prompt "a red circle"')
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
     chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
     began, seconds = time.time(), []
@@ -1363,8 +1368,10 @@ def bench(args, given, device, dtype, chunks=20):
     if device == "cuda":
         name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        import resource                                                     # not on Windows; in KiB on Linux
-        name, peak = "cpu", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        name, peak = "cpu", None
+        with contextlib.suppress(ImportError):                              # Windows has none
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(write_json(args.out / "bench.json", {
         "preset": args.preset, "attention": backend.name, "compiled": args.compile, "device": name,
         "threads": torch.get_num_threads(), "dtype": str(dtype), "torch": torch.__version__,
@@ -1372,7 +1379,7 @@ def bench(args, given, device, dtype, chunks=20):
         "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
         "first_chunk_seconds": warm[0], "chunk_seconds_median": seconds,
         "chunk_seconds_quartiles": np.quantile(bare, [0.25, 0.75]).tolist(), "chunks": chunks,
-        "compile_and_warm_up_seconds": (cold - warm[:fill + 1]).sum(), "peak_memory_gb": peak / 1e9,
+        "compile_and_warm_up_seconds": (cold - warm[:fill + 1]).sum(), "peak_memory_gb": peak and peak / 1e9,
         "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
         "fraction_of_matmul_rate": pace / roof}), end="")
 
@@ -1393,8 +1400,8 @@ def main(argv=None):
         elif args.toy and args.preset == "toy":
             cfg = replace(PRESETS["toy"], **given)
             cfg.chunks_in(args.frames)
-            if args.ablate and not (cfg.beta < math.inf and cfg.sink and cfg.alpha < 1):
-                raise BadInput("--ablate wants a finite --beta, a --sink and an --alpha below 1: try 0.2, 3 and 0.9")
+            require(not args.ablate or (cfg.beta < math.inf and cfg.sink and cfg.alpha < 1),
+                    "--ablate wants a finite --beta, a --sink and an --alpha below 1: try 0.2, 3 and 0.9")
             run = Run(cfg, args.out, args.data, device)
             for stage, train in {"teacher": train_teacher, "ode": train_ode, "student": train_student}.items():
                 if stage not in run.state["models"] and not (args.ablate and stage == "student"):   # it trains its own
