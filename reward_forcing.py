@@ -727,17 +727,17 @@ def make_writable(folder):
 
 
 def load_checkpoint(path, given, free=()):
-    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or if its config differs from
-    what is `given` of one in a field that is not `free`; the message says how."""
+    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or if its config is not what is
+    `given` of one (in fields that are not `free`), with what differs. A field it does not have is at its default."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        there = state["config"]                                             # KeyError if it is another program's
+        there = asdict(Config()) | state["config"]                          # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
         raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
-    here = {k: v for k, v in (asdict(Config()) | there | given).items() if k not in free}     # a new field: its default
-    if differ := [f"{k}={there.get(k)} there and {v} here" for k, v in here.items() if there.get(k) != v]:
+    if differ := [f"{k}={there.get(k)} there and {v} here" for k, v in given.items()
+                  if k not in free and there.get(k) != v]:
         raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
     return state
 
@@ -1187,7 +1187,7 @@ def load_weights(model, path):
             state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         model.load_state_dict(state, assign=True)
     except Exception as error:                                              # each format raises its own kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise BadInput(f"--weights {path} cannot be read or do not fit ({reason}): give this model's, a trainer's .pt "
                        "or a folder of safetensors (pip install safetensors)")
 
@@ -1320,10 +1320,10 @@ def open_student(args, given, device, dtype):
             student = VideoTransformer(cfg).to(dtype)
         if args.weights:
             load_weights(student, args.weights)
-        features = (wan_text([args.prompt], args.wan, cfg, device, dtype) if args.stream
-                    else torch.zeros(1, cfg.text_len, cfg.text_dim))
         codec = (PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]) if args.preset == "toy" else
                  WanCodec(args.wan, device, dtype) if args.wan or importlib.util.find_spec("diffusers") else None)
+        features = (wan_text([args.prompt], args.wan, cfg, device, dtype) if args.stream
+                    else torch.zeros(1, cfg.text_len, cfg.text_dim))
     student.to(device, dtype)
     if args.compile:
         student.compile(fullgraph=True, dynamic=False)                      # a full window has one shape, so one graph
