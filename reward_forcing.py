@@ -139,7 +139,9 @@ class Config:
         for f in fields(self):
             value, least = getattr(self, f.name), 0 if f.name in ("sink", "seed") else 1
             require(f.type is not int or value >= least, f"{f.name}={value} must be {least} or more")
-        self.rows, self.cols = self.height // self.stride // 2, self.width // self.stride // 2
+            require(f.type is not float or math.isfinite(value) or f.name == "beta", f"{f.name}={value} must be finite")
+        require(self.seed < 2 ** 63, f"seed={self.seed} must be below 2^63")
+        self.rows, self.cols = self.height // self.stride // 2, self.width // self.stride // 2      # of tokens
         self.tokens = self.rows * self.cols                             # N; a token covers 2 x 2 latent pixels
         self.latent = self.channels, 2 * self.rows, 2 * self.cols       # (C, h, w)
         self.head_dim = self.dim // self.heads                          # D
@@ -162,7 +164,8 @@ class Config:
 
     def chunks_in(self, frames):
         """Chunks that make this many video frames. BadInput with the nearest numbers that work."""
-        return multiple("frames", frames, "chunk", self.chunk * self.time_stride, self.time_stride - 1)
+        of = "chunk" if self.time_stride == 1 else "chunk * time_stride"
+        return multiple("frames", frames, of, self.chunk * self.time_stride, self.time_stride - 1)
 
 
 def multiple(name, value, of, unit, extra=0):
@@ -366,7 +369,7 @@ class EMASinkCache:
         sink <- alpha sink + (1 - alpha) leaving            (Reward Forcing, EMA-Sink; alpha = 1 is a static sink)
     Frame f folds into slot f mod S. The sink starts as the first S frames. It accumulates in float32: in bf16 an
     update with alpha = 0.999 would mostly round away.
-    Keys are kept before RoPE and rotated at read time to their place in the window, so positions never run out.
+    Keys are kept before RoPE and rotated anew for every chunk, to their place in the window: positions never run out.
     Memory is constant however long the stream. What the cache keeps carries no gradient.
 
     One chunk: any number of passes (each calls attend in every layer), then append.
@@ -375,12 +378,13 @@ class EMASinkCache:
         def zeros(*shape, dtype=dtype):
             return torch.zeros(*shape, cfg.heads, cfg.head_dim, device=device, dtype=dtype)
         self.cfg = cfg
-        self.slots = cfg.window - cfg.sink - cfg.chunk + 1  # frame f >= S is in slot f mod slots; 1 is for the leaving
+        # frame f >= S is in slot f mod slots of `recent`; one slot more than stay, for the frame that is leaving
+        self.slots = cfg.window - cfg.sink - cfg.chunk + 1
         self.sink = zeros(2, cfg.layers, batch, cfg.sink, cfg.tokens, dtype=torch.float32)      # 2: keys, values
         self.recent = zeros(2, cfg.layers, batch, self.slots, cfg.tokens)
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
         # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
-        self.window = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
+        self.context = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
         self.rope = rope_table(cfg, cfg.window, device)
         self.seen = 0                       # frames appended so far
         self.updates = 0                    # of which folded into the sink
@@ -390,7 +394,7 @@ class EMASinkCache:
         """q, k, v (B, L*N, H, D) of the chunk -> rotated q, and k, v with the context in front. Stages k, v."""
         end = self.length + q.shape[1]
         here = self.rope[:, self.length:end]
-        keys, values = self.window[layer]
+        keys, values = self.context[layer]
         self.staged[layer] = k, v
         q, k = rotate(q, here), rotate(k, here)
         if torch.is_grad_enabled():         # what carries gradient cannot be written in place
@@ -411,7 +415,7 @@ class EMASinkCache:
                 self.evict(self.seen - self.slots)
         held = range(max(self.cfg.sink, self.seen - self.slots + 1), self.seen)
         parts = [self.sink[:, :, :, :self.seen], *(self.recent[:, :, :, f % self.slots, None] for f in held)]
-        for layer, (keys, values) in enumerate(self.window):
+        for layer, (keys, values) in enumerate(self.context):
             k, v = torch.cat([part[:, layer].type_as(keys) for part in parts], 2).flatten(2, 3)
             self.length = k.shape[1]                                # (B, length, H, D)
             keys[:, :self.length], values[:, :self.length] = rotate(k, self.rope[:, :self.length]), v
@@ -557,10 +561,10 @@ def measure(frames, captions, cfg, first=None):
     colour  fraction of frames whose object is nearest, by angle in RGB, to the captioned one (None if none is)
     shape   fraction of frames whose object overlaps the captioned shape best (None if no caption names one)
     speed   px per frame that the object's centre moves
-    copy    mean over frames W and later of the largest correlation, over pixels, with a frame of the first chunk;
-            given `first`, a chunk from earlier in the stream, mean over all frames with that instead
-    drift   standard deviation over 30 equal segments (of L frames or more) of the quality, which is 100 times the
-            overlap with the captioned shape, or with the best one (after the paper's, of imaging quality)
+    copy    mean over frames W and later (at least the last L) of the largest correlation, over pixels, with a frame of
+            the first chunk; given `first`, a chunk from earlier in the stream, mean over all frames with that instead
+    drift   standard deviation over some 30 equal segments (of L frames or more, so fewer in a short clip) of the
+            quality, which is 100 times the overlap with the captioned shape, or with the best one (after the paper's)
     """
     def wanted(names):                                                      # (B,) index of the captioned name, else -1
         return torch.tensor([next((i for i, n in enumerate(names) if n in c.lower().split()), -1) for c in captions])
@@ -591,9 +595,9 @@ def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
     """Yield clean latent chunks (B, L, C, h, w), one after the other: training, evaluation and streaming are this.
 
     draw() gives noise (B, L, C, h, w); chunks=None goes on for ever. Each chunk starts from noise at sigma = 1, then
-    predicts x0 and re-noises it with fresh noise, step by step; a last pass on the clean x0 at sigma = 0 writes the
-    cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are on, lets that step
-    alone carry them: its x0 is the training sample.
+    predicts x0 and re-noises it with fresh noise, step by step; before the next one is begun, a pass on the clean x0 at
+    sigma = 0 writes the cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are
+    on, lets that step alone carry them: its x0 is the training sample.
     """
     learn = exit_step is not None and torch.is_grad_enabled()
     with torch.set_grad_enabled(learn):
@@ -683,7 +687,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    # a small eps: exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps
+    # Neither sees a gradient's scale, so of the reward weights only the ratios matter. Hence the small eps, too:
+    # exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps.
     return [Muon(matrices, {"lr": lr}),
             torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
 
@@ -727,8 +732,8 @@ def make_writable(folder):
 
 
 def load_checkpoint(path, given, free=()):
-    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or if its config is not what is
-    `given` of one (in fields that are not `free`), with what differs. A field it does not have is at its default."""
+    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or, with what differs, if its
+    config is not as `given` in fields that are not `free`; a field that it does not have is at its default."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = asdict(Config()) | state["config"]                          # KeyError if it is another program's
@@ -871,13 +876,14 @@ def train_ode(run):
         prompt, cache = student.embed_text(text[picked]), EMASinkCache(cfg, cfg.ode_batch, run.device)
         losses = []
         for chunk in range(cfg.clip // cfg.chunk):
+            if chunk:
+                with torch.no_grad():
+                    student(clean, torch.zeros_like(sigma), prompt, cache)
+                cache.append()
             level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
             xt, clean, sigma = paths[picked, level, chunk], paths[picked, -1, chunk], sigmas[level]
             x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
             losses.append((x0 - clean).square().mean())
-            with torch.no_grad():
-                student(clean, torch.zeros_like(sigma), prompt, cache)
-            cache.append()
         loss = torch.stack(losses).mean()
         log.update(loss=loss.item(), grad_norm=update(student, loss, 1.0))
 
@@ -1012,7 +1018,8 @@ def report(run, frames):
                "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
                           "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
                "parameters": sum(p.numel() for p in run.model().parameters())}
-    rows = dict(zip(("data", "teacher", "student, ODE", "student, Re-DMD"), metrics.values()))
+    loss = "DMD" if cfg.beta == math.inf else "Re-DMD" if cfg.tilt == "student" else "tilted critic"
+    rows = dict(zip(("data", "teacher", "student, ODE", f"student, {loss}"), metrics.values()))
     save_report(run.out / "report.png", dict(zip(rows, [data, *videos.values()])), prompts)
     for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
         save_gif(run.out / f"{name}.gif", video[:len(prompts)])
@@ -1053,7 +1060,7 @@ def distil(of, name, cfg, frames):
     of: what makes the Run; name and cfg are the student's. That of the first seed also saves what the picture shows.
     """
     run, course = Run(*of), {}
-    run.cfg, run.save, run.state["partial"] = cfg, lambda: None, None
+    run.cfg, run.save, run.state["partial"] = cfg, lambda: None, None       # the same teacher, for another student
 
     def watched(student, cfg, frames, repeats):
         captions = run.prompts * repeats
@@ -1356,7 +1363,7 @@ def stream_command(args, given, device, dtype):
 def bench(args, given, device, dtype, chunks=20):
     """Time streams with and without decoding; print and write bench.json. Text is not encoded."""
     student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-    fill = math.ceil(cfg.window / cfg.chunk) + 1                            # chunks until every one updates the sink
+    fill = math.ceil(cfg.window / cfg.chunk)                                # chunks until every one updates the sink
     timed = lambda chunks, codec: seconds_of(stream(student, codec, text, cfg, [""]).__next__, chunks)
     with sdpa_kernel(backend):
         cold, warm, bare = timed(fill + 1, codec), timed(fill + chunks, codec), timed(fill + chunks, None)[fill:]
@@ -1408,11 +1415,11 @@ def main(argv=None):
                     train(run)
             ablate(run, args.seeds, args.frames) if args.ablate else report(run, args.frames)
         else:
-            raise BadInput("say what to do: --toy trains and shows everything, --stream streams from a checkpoint, "
-                           "--bench measures speed; --full goes with --stream or --bench")
+            raise BadInput("say what to do: --toy trains and shows everything (--toy --ablate compares), --stream "
+                           "streams from a checkpoint, --bench measures speed; --full goes with --stream or --bench")
         return 0
     except (BadInput, argparse.ArgumentError, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped; the same command goes on from what is saved"
+        reason = str(error) or "stopped; with --toy the same command goes on from what is saved"
         if isinstance(error, ImportError):
             reason += ": the full size needs pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)

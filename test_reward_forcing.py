@@ -66,6 +66,7 @@ def test_every_config_field_is_a_flag_with_help():
 @pytest.mark.parametrize("change, mend", [
     ({"clip": 10}, "clip=10 is not a multiple of chunk=3: try 9 or 12"), ({"window": 5}, "--window 9"),
     ({"sink": -1}, "0 or more"), ({"chunk": 0}, "chunk=0 must be 1 or more"), ({"shift": 0.0}, "above 0"),
+    ({"guidance": math.inf}, "guidance=inf must be finite"), ({"seed": 2 ** 63}, "must be below 2"), ({"beta": math.nan}, "beta=nan"),
     ({"channels": 64}, "more than the 48"), ({"freq_dim": 65}, "64 or 66"), ({"critic_ratio": 0}, "critic_ratio=0"), ({"alpha": 1.5}, "between 0 and 1"), ({"beta": 0.0}, "--beta inf"), ({"dim": 130}, "128"),
     ({"height": 20}, "try 16 or 24"), ({"sample_steps": 10}, "try 8 or 12"), ({"heads": 32}, "RoPE")])
 def test_impossible_config_is_refused_with_the_mend(change, mend):
@@ -195,7 +196,7 @@ def slow_rope(x, positions, cfg):
 
 
 def slow_pass(model, x, sigma, text, history):
-    """One uncached pass of a chunk. history[layer]: clean (k, v) of every earlier frame; the window is worked out anew.
+    """One plainly written pass of a chunk. history[layer]: clean (k, v) of every earlier frame; the window is worked out anew.
 
     Returns the velocity and every layer's own (k, v). Written from the paper, for float64.
     """
@@ -240,7 +241,7 @@ def slow_rollout(model, text, cfg, draw, chunks):
 
 @pytest.mark.parametrize("change", [{}, {"sink": 0}, {"sink": 1, "window": 7}, {"sink": 4, "window": 9}, {"sink": 0, "window": 3},
                                     {"sink": 2, "window": 5}, {"chunk": 1, "sink": 3, "window": 5}, {"alpha": 1.0}])
-def test_stream_equals_an_uncached_recomputation_with_a_hand_written_ema(change):
+def test_stream_equals_a_plainly_written_one_with_a_hand_written_ema(change):
     cfg = replace(SMALL, **change)
     model, text = random_model(cfg), torch.randn(2, 3, cfg.text_dim, dtype=torch.float64)
     cache = EMASinkCache(cfg, 2, dtype=torch.float64)
@@ -249,6 +250,16 @@ def test_stream_equals_an_uncached_recomputation_with_a_hand_written_ema(change)
         assert (a - b).abs().max() < 2e-5 * b.abs().max(), n    # the sink and the RoPE table are float32
     gone = max(0, 6 * cfg.chunk - cfg.sink - (cfg.window - cfg.sink - cfg.chunk))
     assert cache.updates == (gone if cfg.sink else 0)
+
+
+def test_sink_of_a_bfloat16_stream_accumulates_in_float32():
+    cfg = replace(SMALL, alpha=0.999)
+    cache, shape = EMASinkCache(cfg, 1, dtype=torch.bfloat16), (1, cfg.chunk * cfg.tokens, cfg.heads, cfg.head_dim)
+    for n in range(40):                                         # the sink starts at 1, all that leaves is 2
+        cache.staged = [(torch.full(shape, 1.0 + (n > 0)).bfloat16(),) * 2] * cfg.layers
+        cache.append()
+    want = 2 - cfg.alpha ** (cache.updates // cfg.sink)         # in bfloat16 1 + 0.001 is 1
+    assert want > 1.03 and (cache.sink - want).abs().max() < 1e-4
 
 
 def test_alpha_changes_the_stream_only_once_a_frame_has_left_the_window():
@@ -303,7 +314,7 @@ def test_stream_memory_is_constant():
     cache = EMASinkCache(SMALL, 1)
     size, seen = [], rollout(VideoTransformer(SMALL), torch.zeros(1, 3, SMALL.text_dim), SMALL, noise_of(SMALL, 1, torch.float32), cache=cache)
     for _, _ in zip(range(40), seen):                           # chunks=None goes on for ever
-        held = [cache.sink, cache.recent, *(kv for layer in cache.window + cache.staged for kv in layer)]
+        held = [cache.sink, cache.recent, *(kv for layer in cache.context + cache.staged for kv in layer)]
         size.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()))
     assert len(set(size[1:])) == 1 and cache.sink.dtype == torch.float32
 
@@ -963,17 +974,17 @@ def test_a_pass_in_a_full_window_works_in_place_on_one_shape():
 def test_the_cache_is_faster_than_recomputing_the_window_and_gives_the_same(capsys):
     cfg = replace(SMALL, dim=96, height=48, width=48)
     model, text = random_model(cfg, torch.float32), torch.randn(1, 3, cfg.text_dim)
-    seconds = {"cached": [], "uncached": []}
+    seconds = {"cached": [], "plain": []}
     for _ in range(3):
-        for name, make in (("cached", rollout), ("uncached", slow_rollout)):
+        for name, make in (("cached", rollout), ("plain", slow_rollout)):
             began = time.perf_counter()
             out = torch.cat(list(make(model, text, cfg, noise_of(cfg, 1, torch.float32), 8)), 1)
             seconds[name].append(time.perf_counter() - began)
             same = out if name == "cached" else same - out
         assert same.abs().max() < 1e-4 * out.abs().max()
-    ratio = np.median(seconds["uncached"]) / np.median(seconds["cached"])
+    ratio = np.median(seconds["plain"]) / np.median(seconds["cached"])
     with capsys.disabled():
-        print(f" [uncached / cached: {ratio:.1f}]", end="")
+        print(f" [plain / cached: {ratio:.1f}]", end="")
     assert ratio > 1
 
 
