@@ -201,9 +201,9 @@ def load_clips(folder, cfg):
     BadInput that names the file: a missing or wrong list, a caption without its clip, a broken or short clip."""
     listing, clips = Path(folder) / "captions.json", []
     try:
+        # + "": TypeError if it is not text
         listed = [(Path(folder) / entry["file"], entry["caption"] + "") for entry in json.loads(listing.read_text())]
-        if not listed:                                                      # + "": TypeError if it is not text
-            raise ValueError("it is empty")
+        require(listed, f"{listing} is empty: list your clips in it")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{listing} must be a list of {{\"file\": ..., \"caption\": ...}} ({error!r}): write it anew")
     for path, caption in listed:
