@@ -32,6 +32,7 @@ Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan
 import argparse
 import contextlib
 import difflib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -280,13 +281,14 @@ class WordText:
 
 
 # ---------------------------------------------------------------------------------------------------------- Layers
-def rope_table(cfg, frames, device="cpu"):
-    """(2, frames*N, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
+@functools.cache
+def rope_table(frames, rows, cols, head_dim, base, device="cpu"):
+    """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
     The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels)."""
-    band = 2 * (cfg.head_dim // 6)
-    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(cfg.rows), torch.arange(cfg.cols)).double()
-    angles = torch.cat([grid[:, axis, None] * cfg.rope_base ** -(torch.arange(0, size, 2).double() / size)
-                        for axis, size in enumerate((cfg.head_dim - 2 * band, band, band))], 1)[:, None]
+    band = 2 * (head_dim // 6)
+    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).double()
+    angles = torch.cat([grid[:, axis, None] * base ** -(torch.arange(0, size, 2).double() / size)
+                        for axis, size in enumerate((head_dim - 2 * band, band, band))], 1)[:, None]
     return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
@@ -385,7 +387,7 @@ class EMASinkCache:
         self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
         # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
         self.context = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
-        self.rope = rope_table(cfg, cfg.window, device)
+        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, device)
         self.seen = 0                       # frames appended so far
         self.updates = 0                    # of which folded into the sink
         self.length = 0                     # tokens of context for the coming chunk
@@ -466,12 +468,13 @@ class VideoTransformer(nn.Module):
         """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
         time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
         modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
-        rope = None if cache else rope_table(self.cfg, x.shape[1], x.device)
+        cfg = self.cfg
+        rope = None if cache else rope_table(x.shape[1], cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, x.device)
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         h = F.linear(patchify(x).to(weight.dtype), weight.flatten(1), bias)     # the convolution as a matrix product
         for layer, block in enumerate(self.blocks):
             h = block(h, modulation, prompt[layer], rope, layer, cache)
-        return unpatchify(self.head(h, time), self.cfg.rows).type_as(x)
+        return unpatchify(self.head(h, time), cfg.rows).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------ Reward, measures
@@ -686,7 +689,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr):
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
     # Neither sees a gradient's scale, so of the reward weights only the ratios matter. Hence the small eps, too:
     # exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps.
     return [Muon(matrices, {"lr": lr}),
@@ -736,7 +740,7 @@ def load_checkpoint(path, given, free=()):
     config is not as `given` in fields that are not `free`; a field that it does not have is at its default."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        there = asdict(Config()) | state["config"]                          # KeyError if it is another program's
+        there = state["config"] = asdict(Config()) | state["config"]        # KeyError if it is another program's
     except FileNotFoundError:
         return None
     except Exception as error:                                              # torch raises many kinds on a broken file
@@ -818,12 +822,13 @@ class Run:
             if last or step % 10 == 0:
                 bar.set_postfix(log)
                 state["log"].append({"stage": stage, "step": step, **log})
+            if last:
+                state["models"][stage], state["partial"] = models[-1].state_dict(), None
+            elif keep:
+                state["partial"] = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
             if keep:
                 state["seconds"][stage] = time.time() - self.began
-                state["partial"] = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
                 self.save()
-        state["models"][stage], state["partial"] = models[-1].state_dict(), None
-        self.save()
         self.began = time.time()
 
 
@@ -1313,7 +1318,7 @@ def open_student(args, given, device, dtype):
         state = load_checkpoint(path, given, free=("alpha", "sink", "window", "seed"))
         require(state and "student" in state["models"],
                 f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
-        cfg = Config(**{f.name: state["config"].get(f.name, f.default) for f in fields(Config)} | given)
+        cfg = Config(**{f.name: state["config"][f.name] for f in fields(Config)} | given)
         features = WordText(cfg, state["words"])([args.prompt])
         student, codec = VideoTransformer(cfg), PatchCodec(cfg, state["codec"])
         student.load_state_dict(state["models"]["student"])
