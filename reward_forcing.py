@@ -1,355 +1,267 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "numpy", "tqdm>=4.66", "pillow"]
+# dependencies = ["torch>=2.9", "numpy", "tqdm>=4.66", "pillow"]
 # ///
-"""Reward Forcing: a video model that generates for ever, in one file (after arXiv 2512.04678).
+"""Reward Forcing: a video model that generates forever, in one file (after arXiv 2512.04678).
 
-A *teacher* looks at a whole clip at once and needs many denoising steps. The *student* is the same transformer made
-causal: it makes a few frames (a *chunk*) in 4 steps, attending to what it made before through a cache. Two ideas:
-    EMA-Sink  frames that leave the attention window are folded into the oldest ones, the *sink*, by an exponential
-              moving average:  sink <- alpha sink + (1 - alpha) leaving    -> class EMASinkCache
-    Re-DMD    distribution matching distillation, each sample weighted by how well it moves:
-              grad = exp(reward / beta) (x0_fake - x0_real) / mean|x - x0_real|, x0_real being what the teacher makes
-              of a noised sample x and x0_fake what a critic makes of it    -> dmd_gradient, redmd_loss
+A *teacher* is a diffusion model that sees a whole clip at once and needs many denoising steps.
+The *student* is the same transformer made causal: it makes a few frames (a *chunk*) in 4 steps
+and attends, through a cache of keys and values, to the frames it made before. Two ideas:
 
-    python reward_forcing.py --toy                                      # train teacher and student, stream, report
-    python reward_forcing.py --stream --prompt "a red circle" --frames 240
-    python reward_forcing.py --toy --ablate                             # both ideas against their alternatives
-    python reward_forcing.py --full --bench --compile                   # the 1.3B model; README: how to stream it
+    EMA-Sink   frames that leave the attention window are folded into the oldest frames, the
+               *sink*, by an exponential moving average             -> class EMASinkCache
+    Re-DMD     distribution matching distillation in which each sample is weighted by how well
+               it moves: weight = exp(reward / beta)                -> train_student
 
-How to read it: top to bottom. The model, the sink, the rollout and the losses are the paper, and "Training stages" puts
-them together; the rest is plumbing: reports, the ablation, and what the full size needs around the same classes.
+    python reward_forcing.py --toy                            # the whole method, in minutes
+    python reward_forcing.py --stream --prompt "a red circle" # then stream what you like
+    python reward_forcing.py --toy --ablate                   # both ideas, with controls
+    python reward_forcing.py --full --bench --compile         # the speed of the 1.3B model
 
-    B batch   F frames   L frames per chunk   S sink frames   W window frames (sink and current chunk included)
-    N tokens per frame   T tokens   H heads   D head dim   C channels   h, w latent rows and columns
+Read from top to bottom. "Config" to "Training stages" is the paper. What follows is the toy's
+world, the plumbing, and what the full size needs around the same classes.
 
-Time: sigma in [0, 1], 1 is pure noise. x_t = (1 - sigma) x0 + sigma noise; the model predicts the velocity
-v = noise - x0, so x0 = x_t - sigma v: see add_noise and recover_x0.
+    B batch      F frames      L frames per chunk     S sink frames
+    W frames in the attention window: the sink, recent frames and the current chunk
+    N tokens per frame         H heads     D head dim     C latent channels     h, w latent size
 
-Papers: Reward Forcing 2512.04678; Self Forcing 2506.08009; DMD2 2405.14867; Wan2.1 2503.20314; Muon (K. Jordan, 2024).
+The time convention: sigma in [0, 1] is the noise level and 1 is pure noise.
+    xt = (1 - sigma) x0 + sigma noise         the model predicts the velocity  v = noise - x0
+    x0 = xt - sigma v                         (add_noise and recover_x0 are all that know it)
+
+Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2 2405.14867,
+Wan2.1 2503.20314, Muon (K. Jordan, 2024).
 """
 import argparse
-import contextlib
-import difflib
 import functools
-import importlib.util
-import inspect
 import itertools
 import json
 import math
 import os
-import pkgutil
-import re
-import shutil
-import subprocess
 import sys
-import threading
 import time
+import zipfile
 import zlib
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
+                                 pixel_unshuffle, scaled_dot_product_attention)
 from tqdm import tqdm
 
 
-# ----------------------------------------------------------------------------------------------------- Noise maths
+# ------------------------------------------------------------------------------------- Config
+@dataclass(frozen=True)
+class Config:
+    """Every number of the method. Every field is a flag: text_dim is --text-dim."""
+    # the transformer
+    dim: int = 96                   # width
+    ffn_dim: int = 256              # width inside the feed-forward layers
+    heads: int = 6                  # H
+    layers: int = 12                # transformer blocks
+    freq_dim: int = 64              # sinusoids that encode the noise level
+    rope_base: float = 10.0         # RoPE wavelengths: from 2 pi to 2 pi rope_base positions
+    text_dim: int = 32              # features per text token; in the toy: most words it can know
+    text_len: int = 4               # text tokens, padding included
+    channels: int = 16              # C
+    height: int = 32                # video size in pixels
+    width: int = 32
+    stride: int = 4                 # pixels per latent pixel, in height and in width
+    time_stride: int = 1            # video frames per latent frame (the very first counts one)
+    # the stream
+    chunk: int = 3                  # L
+    sink: int = 3                   # S, 0 for none; 3 is one chunk, what the model once made whole
+    window: int = 9                 # W
+    alpha: float = 0.9              # what the sink keeps at an update; 1 is a static sink
+    denoise_steps: int = 4          # per chunk
+    sigma_shift: float = 3.0        # bends the noise schedule towards noise
+    # training
+    clip: int = 12                  # frames per training clip; above W, so that the sink is updated
+    batch: int = 12                 # clips or rollouts per update, in all stages
+    teacher_steps: int = 5000
+    teacher_lr: float = 0.08        # of Muon; AdamW, for what is no matrix, takes a tenth of it
+    drop_caption: float = 0.1       # how often the teacher sees no caption: guidance needs it
+    sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
+    guidance: float = 2.0           # x0 = cond + guidance (cond - uncond); others add 1 to it
+    ode_clips: int = 16             # teacher trajectories per caption, for the student to regress
+    ode_steps: int = 120
+    ode_lr: float = 0.02
+    distill_steps: int = 60         # student updates of Re-DMD
+    critic_ratio: int = 2           # critic updates per student update
+    student_lr: float = 0.006
+    critic_lr: float = 0.01
+    beta: float = 0.2               # weight = exp(reward / beta); inf is plain DMD
+    tilt: bool = False              # weight the critic's loss instead of the student's
+    shuffle: bool = False           # weight each sample by the reward of another: the control
+    weight_ema: float = 0.9         # moving average of the student's weights, which streams
+    seed: int = 0
+
+    def __post_init__(self):
+        check_config(self)                                           # near the command line
+
+    @property
+    def rows(self):
+        return self.height // self.stride // 2
+
+    @property
+    def cols(self):
+        return self.width // self.stride // 2
+
+    @property
+    def latent(self):                                                # (C, h, w)
+        return self.channels, 2 * self.rows, 2 * self.cols
+
+    @property
+    def head_dim(self):                                              # D
+        return self.dim // self.heads
+
+    @property
+    def sigmas(self):
+        """Noise levels of the denoising steps, from 1 down; the paper's: 1, .9375, .8333, .625."""
+        return self.schedule(self.denoise_steps)[:-1]
+
+    def schedule(self, steps):
+        """steps + 1 noise levels from 1 to 0."""
+        return shift_sigma(torch.linspace(1, 0, steps + 1), self.sigma_shift)
+
+    def chunks_in(self, frames):
+        """Chunks that make this many video frames; BadInput names the nearest counts that fit."""
+        unit, first = self.chunk * self.time_stride, self.time_stride - 1
+        check_multiple("frames", frames, unit, first)
+        return (frames + first) // unit
+
+
+# -------------------------------------------------------------------------------- Noise levels
 def shift_sigma(u, shift):
-    """u in [0, 1] to a noise level in [0, 1]; larger shifts spend more of the schedule near noise (SD3, 2403.03206)."""
+    """u in [0, 1] to a noise level in [0, 1]; a larger shift stays longer near pure noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
+def broadcast(sigma, x):
+    """sigma (B,) or (B, F), shaped to multiply x (B, F, ...)."""
+    return sigma.reshape(*sigma.shape, *[1] * (x.dim() - sigma.dim()))
+
+
 def add_noise(x0, noise, sigma):
-    """x_t: x0 and noise (B, ...) mixed at sigma (B,)."""
-    sigma = sigma.view(-1, *[1] * (x0.dim() - 1))
+    """xt, the mixture of x0 and noise (B, F, ...) at sigma (B,) or, one a frame, (B, F)."""
+    sigma = broadcast(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def recover_x0(xt, velocity, sigma):
-    return xt - sigma.view(-1, *[1] * (xt.dim() - 1)) * velocity
+    """x0 = xt - sigma v, exact if the velocity is."""
+    return xt - broadcast(sigma, xt) * velocity
 
 
-# ---------------------------------------------------------------------------------------------------------- Config
-class BadInput(Exception):
-    """What the user gave cannot work; the message is one sentence that says how to mend it. Exit code 2."""
+def predict_x0(model, xt, sigma, text_kv, cache=None):
+    """The model's x0 prediction for xt (B, F, C, h, w) at sigma."""
+    return recover_x0(xt, model(xt, sigma, text_kv, cache), sigma)
 
 
-def require(fits, wrong):
-    """BadInput with the message `wrong` unless `fits`."""
-    if not fits:
-        raise BadInput(wrong)
-
-
-@dataclass
-class Config:
-    """Every field is a flag (--text-dim), and the comment beside it is the flag's help."""
-    # the transformer
-    dim: int = 128               # width of the transformer
-    ffn_dim: int = 256           # width inside its feed-forward layers
-    heads: int = 8               # attention heads
-    layers: int = 4              # transformer blocks
-    freq_dim: int = 64           # sinusoids that encode the noise level
-    rope_base: float = 100.0     # RoPE's wavelengths run from 2 pi to 2 pi rope_base positions
-    text_dim: int = 32           # features per text token; in the toy the largest number of different words
-    text_len: int = 4            # text tokens, padding included
-    channels: int = 16           # latent channels
-    height: int = 24             # video height in pixels
-    width: int = 24              # video width in pixels
-    stride: int = 4              # pixels per latent pixel, in height and width
-    time_stride: int = 1         # video frames per latent frame, but for the first, which is one
-    # the stream
-    chunk: int = 3               # L: latent frames generated together
-    sink: int = 3                # S: frames of memory that never leave the window; 0 is no sink
-    window: int = 7              # W: frames attention sees, sink and current chunk included
-    alpha: float = 0.9           # what the sink keeps at each update; 1 is a static sink
-    steps: int = 4               # denoising steps per chunk
-    shift: float = 3.0           # bends the noise schedule towards noise: sigma = shift u / (1 + (shift - 1) u)
-    # training
-    clip: int = 12               # frames in a training clip; longer than the window, so that the sink is updated too
-    teacher_steps: int = 2000    # training steps of the teacher
-    teacher_batch: int = 8       # clips per teacher step
-    teacher_lr: float = 0.08     # Muon's step; AdamW, on what is not a matrix in a block, takes a tenth of every lr
-    drop_caption: float = 0.1    # how often the teacher sees no caption, which guidance needs
-    sample_steps: int = 16       # Euler steps of the teacher when it generates; a multiple of steps
-    guidance: float = 2.0        # x0 = cond + guidance (cond - uncond); 0 is none
-    ode_clips: int = 192         # teacher trajectories that the student regresses
-    ode_steps: int = 120         # training steps of that regression
-    ode_batch: int = 16          # clips per regression step
-    ode_lr: float = 0.02         # see teacher_lr
-    distill_steps: int = 60      # student steps of Re-DMD
-    distill_batch: int = 12      # rollouts per student or critic step
-    critic_ratio: int = 2        # critic steps per student step
-    student_lr: float = 0.006    # see teacher_lr
-    critic_lr: float = 0.01      # see teacher_lr
-    beta: float = 0.2            # temperature of the reward: weight = exp(reward / beta); inf is plain DMD
-    tilt: str = "student"        # what the reward weighs: the student's loss, as the paper, or the critic's
-    ema: float = 0.9             # moving average of the student's weights, which is what streams
-    reward: str = "motion"       # who judges (z-scored on the data): motion, or module:function of your own
-    seed: int = 0                # of weights, batches and noise
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name in ("sink", "seed") else 1
-            require(f.type is not int or value >= least, f"{f.name}={value} must be {least} or more")
-            require(f.type is not float or math.isfinite(value) or f.name == "beta", f"{f.name}={value} must be finite")
-        require(self.seed < 2 ** 63, f"seed={self.seed} must be below 2^63")
-        self.rows, self.cols = self.height // self.stride // 2, self.width // self.stride // 2      # of tokens
-        self.tokens = self.rows * self.cols                             # N; a token covers 2 x 2 latent pixels
-        self.latent = self.channels, 2 * self.rows, 2 * self.cols       # (C, h, w)
-        self.head_dim = self.dim // self.heads                          # D
-        for name, of, unit in (("clip", "chunk", self.chunk), ("sample_steps", "steps", self.steps),
-                               ("height", "two latent pixels", 2 * self.stride), ("freq_dim", "sine and cosine", 2),
-                               ("width", "two latent pixels", 2 * self.stride), ("dim", "2 heads", 2 * self.heads)):
-            multiple(name, getattr(self, name), of, unit)
-        require(self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink={self.sink} and "
-                f"chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}")
-        require(self.head_dim >= 6, f"dim={self.dim} over heads={self.heads} leaves {self.head_dim} channels a head: "
-                "3-D RoPE needs 6, try fewer --heads")
-        require(self.channels <= 3 * self.stride ** 2, f"channels={self.channels} is more than the "
-                f"{3 * self.stride ** 2} numbers in a patch of {self.stride} x {self.stride} pixels")
-        require(self.tilt in ("student", "critic"), f"tilt={self.tilt} must be student or critic")
-        for k in ("alpha", "drop_caption", "ema"):
-            require(0 <= getattr(self, k) <= 1, f"{k}={getattr(self, k)} must lie between 0 and 1")
-        for k in ("beta", "shift", "rope_base", "teacher_lr", "ode_lr", "student_lr", "critic_lr"):
-            require(getattr(self, k) > 0, f"{k}={getattr(self, k)} must be above 0 (for plain DMD: --beta inf)")
-        self.sigmas = [shift_sigma(1 - i / self.steps, self.shift) for i in range(self.steps)]
-
-    def chunks_in(self, frames):
-        """Chunks that make this many video frames. BadInput with the nearest numbers that work."""
-        of = "chunk" if self.time_stride == 1 else "chunk * time_stride"
-        return multiple("frames", frames, of, self.chunk * self.time_stride, self.time_stride - 1)
-
-
-def multiple(name, value, of, unit, extra=0):
-    count, over = divmod(value + extra, unit)
-    if value < 1 or over:
-        raise BadInput(f"{name}={value} is not a multiple of {of}={unit}{f' less {extra}' if extra else ''}: "
-                       f"try {f'{value - over} or ' if value > over else ''}{max(value - over, -extra) + unit}")
-    return count
-
-
-PRESETS = {
-    "toy": Config(),
-    "full": Config(dim=1536, ffn_dim=8960, heads=12, layers=30, freq_dim=256, rope_base=10000.0,
-                   text_dim=4096, text_len=512, height=480, width=832, stride=8, time_stride=4, window=9,
-                   alpha=0.99, shift=5.0, clip=21, guidance=3.0, beta=0.5),                     # Wan2.1-T2V-1.3B
-}
-
-
-# ------------------------------------------------------------------------------------------------------------ Data
-def read_frames(path, size):
-    """An animated picture, or a still strip of square frames: (F, 3, height, width) uint8; size is (width, height)."""
-    with Image.open(path) as image:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    if len(frames) == 1:
-        (wide, high), side = frames[0].size, min(frames[0].size)
-        frames = [frames[0].crop((x, y, x + side, y + side))
-                  for y in range(0, high - side + 1, side) for x in range(0, wide - side + 1, side)]
-    return torch.from_numpy(np.stack([ImageOps.fit(frame, size) for frame in frames])).permute(0, 3, 1, 2).contiguous()
-
-
-def load_clips(folder, cfg):
-    """(clips, captions): a list of (F, 3, height, width) uint8 and one string each, as FOLDER/captions.json lists.
-    BadInput that names the file: a missing or wrong list, a caption without its clip, a broken or short clip."""
-    listing, clips = Path(folder) / "captions.json", []
-    try:
-        # + "": TypeError if it is not text
-        listed = [(Path(folder) / entry["file"], entry["caption"] + "") for entry in json.loads(listing.read_text())]
-        require(listed, f"{listing} is empty: list your clips in it")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BadInput(f"{listing} must be a list of {{\"file\": ..., \"caption\": ...}} ({error!r}): write it anew")
-    for path, caption in listed:
-        try:
-            clips.append(read_frames(path, (cfg.width, cfg.height)))
-        except Exception as error:                                      # Pillow raises many kinds on a broken file
-            raise BadInput(f"the clip of {caption!r}, {path}, cannot be read ({error}): replace or unlist it")
-        require(len(clips[-1]) >= cfg.clip, f"{path} has {len(clips[-1])} frames and a training clip {cfg.clip}: "
-                "use a longer one or a smaller --clip")
-    return clips, [caption for _, caption in listed]
-
-
-def to_bytes(pixels):
-    """[-1, 1] to uint8."""
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-class PatchCodec:
-    """The toy's VAE: principal components of stride x stride pixel patches, found in closed form.
-
-    encode: frames (B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) float, unit variance on average.
-    decode: the inverse, as near as C components allow. Another codec needs only decode to stream (WanCodec).
-    """
-    def __init__(self, cfg, state):
-        require(cfg.time_stride == 1, f"time_stride={cfg.time_stride} is for the full size's VAE: try --time-stride 1")
-        self.stride, self.state = cfg.stride, state
-
-    @classmethod
-    def fit(cls, cfg, clips):
-        codec = cls(cfg, {})
-        pixels = torch.cat([codec.patches(clip[None]).flatten(0, 3) for clip in clips])
-        variance, basis = torch.linalg.eigh(torch.cov(pixels.double().T))   # ascending
-        variance, basis = variance.flip(0)[:cfg.channels], basis.flip(1)[:, :cfg.channels]
-        # Between plain PCA (details too faint to learn) and whitening (noise as loud as colour): divide by sqrt(std).
-        scale = variance.clamp_min(1e-8) ** 0.25
-        scale *= (variance / scale ** 2).mean().sqrt()
-        codec.state = {"mean": pixels.mean(0), "basis": basis.float(), "scale": scale.float()}
-        return codec
-
-    def patches(self, frames):
-        """(B, F, h, w, 3*stride*stride) in [-1, 1]"""
-        return F.pixel_unshuffle(frames.float() / 127.5 - 1, self.stride).permute(0, 1, 3, 4, 2)
-
-    def encode(self, frames):
-        z = (self.patches(frames) - self.state["mean"]) @ self.state["basis"] / self.state["scale"]
-        return z.permute(0, 1, 4, 2, 3).contiguous()
-
-    def decode(self, latents, memory=None):
-        """memory, a dict that lives as long as a stream, is for codecs whose frames depend on earlier ones."""
-        z = latents.float().cpu().permute(0, 1, 3, 4, 2)
-        x = (z * self.state["scale"]) @ self.state["basis"].T + self.state["mean"]
-        x = F.pixel_shuffle(x.flatten(0, 1).permute(0, 3, 1, 2), self.stride)
-        return to_bytes(x.unflatten(0, latents.shape[:2]))
-
-
-class WordText:
-    """The toy's text encoder: one-hot words, so that the model's first text layer is one learned token per word."""
-    def __init__(self, cfg, captions):
-        self.cfg, self.words = cfg, sorted({word for caption in captions for word in caption.lower().split()})
-        count = len(self.words)
-        require(count <= cfg.text_dim, f"the captions use {count} different words: try --text-dim {count}")
-
-    def __call__(self, captions):
-        """Captions to (B, text_len, text_dim); "" is the null caption of guidance. BadInput for an unknown word."""
-        features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
-        for row, caption in zip(features, captions):
-            words = caption.lower().split()
-            require(len(words) <= self.cfg.text_len, f"{caption!r} has {len(words)} words and room is for "
-                    f"{self.cfg.text_len}: shorten it or raise --text-len")
-            for token, word in zip(row, words):
-                require(word in self.words, f"the word {word!r} is not known; the words are: {', '.join(self.words)}")
-                token[self.words.index(word)] = 1
-        return features
-
-
-# ---------------------------------------------------------------------------------------------------------- Layers
+# -------------------------------------------------------------------------------------- Layers
 @functools.cache
-def rope_table(frames, rows, cols, head_dim, base, device="cpu"):
-    """(2, frames*rows*cols, 1, D/2): cosine and sine of each token's angles, token order frame, row, column.
-    The D/2 pairs are split into three bands, for frame, row and column (44, 42 and 42 of 128 channels)."""
-    band = 2 * (head_dim // 6)
-    grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).double()
-    angles = torch.cat([grid[:, axis, None] * base ** -(torch.arange(0, size, 2).double() / size)
-                        for axis, size in enumerate((head_dim - 2 * band, band, band))], 1)[:, None]
-    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+def rope_table(cfg, first, frames, device):
+    """Cosines and sines (T, 1, D/2) for the tokens of frame positions first, first + 1, ...
+
+    The D/2 channel pairs are split into three bands: frame, row and column.
+    """
+    band = 2 * (cfg.head_dim // 6)
+    bands = cfg.head_dim - 2 * band, band, band                      # 128 -> 44, 42, 42
+    frame = torch.arange(first, first + frames)
+    grid = torch.cartesian_prod(frame, torch.arange(cfg.rows), torch.arange(cfg.cols))
+    angles = []
+    for position, size in zip(grid.T, bands):
+        exponent = torch.arange(0, size, 2).double() / size
+        frequency = cfg.rope_base ** -exponent
+        angles.append(position[:, None] * frequency)
+    angles = torch.cat(angles, 1)[:, None].to(device)
+    return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x, table):
-    """RoPE: turn each (even, odd) channel pair of x (..., T, H, D) by the table's angles, in float32 or better."""
+def rotate(x, rope):
+    """RoPE: turn each (even, odd) pair of channels of x (..., T, H, D) by its token's angle."""
+    cos, sin = rope
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
-
-
-def patchify(x):
-    """(B, F, C, h, w) -> (B, F, N, C*4), each vector in the order (C, ph, pw)."""
-    return F.pixel_unshuffle(x, 2).flatten(3).mT
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.flatten(-2).type_as(x)
 
 
 def unpatchify(x, rows):
-    """(B, F, N, 4*C) -> (B, F, C, h, w), each vector in the order (ph, pw, C): not the one that goes in."""
-    x = x.unflatten(3, (2, 2, -1)).unflatten(2, (rows, -1))             # (B, F, rows, cols, ph, pw, C)
-    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+    """Tokens (B, F, N, 2*2*C), the channel last, as Wan2.1 has it -> (B, F, C, h, w)."""
+    x = x.unflatten(3, (4, -1)).mT.flatten(3)                                # (B, F, N, C*2*2)
+    return pixel_shuffle(x.mT.unflatten(3, (rows, -1)), 2)
+
+
+def mlp(inputs, hidden, outputs, activation):
+    return nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
 
 
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)   # over all heads at once
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
+        self.norm_q = nn.RMSNorm(dim, eps=1e-6)                      # over all heads at once
+        self.norm_k = nn.RMSNorm(dim, eps=1e-6)
+        nn.init.normal_(self.q.bias)                                 # with equal biases the first
+        self.k.bias.data.copy_(self.q.bias)                          # attention is to near tokens
 
     def query(self, x):
-        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))                     # (B, T, H, D)
+        q = self.norm_q(self.q(x))
+        return q.unflatten(2, (self.heads, -1))                              # (B, T, H, D)
 
     def key_value(self, x):
-        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+        k = self.norm_k(self.k(x))
+        v = self.v(x)
+        return [x.unflatten(2, (self.heads, -1)) for x in (k, v)]
 
     def forward(self, q, k, v):
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.o(out.transpose(1, 2).flatten(2))                                     # (B, T, H*D)
+        q, k, v = [x.transpose(1, 2) for x in (q, k, v)]                     # (B, H, T, D)
+        out = scaled_dot_product_attention(q, k, v)
+        return self.o(out.transpose(1, 2).flatten(2))                        # (B, T, dim)
 
 
-def modulated_norm(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def modulate(x, shift, scale):
+    return layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Block(nn.Module):
+    """Self-attention to context and chunk, cross-attention to the text, feed-forward."""
     def __init__(self, dim, ffn_dim, heads):
         super().__init__()
-        self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)
+        self.self_attn = Attention(dim, heads)
+        self.cross_attn = Attention(dim, heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = mlp(dim, ffn_dim, dim, nn.GELU("tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
-        self.modulation.data[:, [2, 5]] += 0.3                              # gates: start with open branches
+        self.modulation.data[:, [2, 5]] += 0.3                       # gates: branches start open
 
-    def forward(self, x, time, prompt, rope, layer, cache):
-        """x (B, F, N, dim); time (B, 1, 6, dim); prompt: this layer's cross-attention key and value."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(3)
-        h = modulated_norm(x, shift1, scale1).flatten(1, 2)                               # (B, F*N, dim)
-        q, (k, v) = self.self_attn.query(h), self.self_attn.key_value(h)
-        q, k, v = cache.attend(layer, q, k, v) if cache else (rotate(q, rope), rotate(k, rope), v)
-        x = x + gate1 * self.self_attn(q, k, v).view_as(x)
-        x = x + self.cross_attn(self.cross_attn.query(self.norm3(x).flatten(1, 2)), *prompt).view_as(x)
-        return x + gate2 * self.ffn(modulated_norm(x, shift2, scale2))
+    def forward(self, x, sigma_emb, text_kv, rope, context):
+        """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
+        (B, T, H, D), those of the context already rotated. Returns the new x and this chunk's own
+        keys and values, not rotated."""
+        modulation = (self.modulation + sigma_emb).unsqueeze(2)              # (B, F, 1, 6, dim)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
+
+        h = modulate(x, shift1, scale1).flatten(1, 2)                        # (B, F*N, dim)
+        q = self.self_attn.query(h)
+        k, v = self.self_attn.key_value(h)
+        keys = torch.cat([context[0], rotate(k, rope)], 1)           # no mask: what is not yet made
+        values = torch.cat([context[1], v], 1)                       # is not there to be seen
+        attended = self.self_attn(rotate(q, rope), keys, values)
+        x = x + gate1 * attended.view_as(x)
+
+        q = self.cross_attn.query(self.norm3(x).flatten(1, 2))
+        attended = self.cross_attn(q, *text_kv)
+        x = x + attended.view_as(x)
+
+        x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
+        return x, (k, v)
 
 
 class Head(nn.Module):
@@ -357,1076 +269,1021 @@ class Head(nn.Module):
         super().__init__()
         self.head = nn.Linear(dim, out)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+        nn.init.zeros_(self.head.weight)                             # first velocity: near zero
 
-    def forward(self, x, time):
-        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(2).unbind(3)
-        return self.head(modulated_norm(x, shift, scale))
-
-
-# ---------------------------------------------------------------------------------------------------- EMASinkCache
-class EMASinkCache:
-    """What a causal stream remembers: S sink frames and the last W - S - L, as keys and values of every layer.
-
-    A frame that leaves the window is not dropped but folded into the sink, token by token, in every layer:
-        sink <- alpha sink + (1 - alpha) leaving            (Reward Forcing, EMA-Sink; alpha = 1 is a static sink)
-    Frame f folds into slot f mod S. The sink starts as the first S frames. It accumulates in float32: in bf16 an
-    update with alpha = 0.999 would mostly round away.
-    Keys are kept before RoPE and rotated anew for every chunk, to their place in the window: positions never run out.
-    Memory is constant however long the stream. What the cache keeps carries no gradient.
-
-    One chunk: any number of passes (each calls attend in every layer), then append.
-    """
-    def __init__(self, cfg, batch, device="cpu", dtype=torch.float32):
-        def zeros(*shape, dtype=dtype):
-            return torch.zeros(*shape, cfg.heads, cfg.head_dim, device=device, dtype=dtype)
-        self.cfg = cfg
-        # frame f >= S is in slot f mod slots of `recent`; one slot more than stay, for the frame that is leaving
-        self.slots = cfg.window - cfg.sink - cfg.chunk + 1
-        self.sink = zeros(2, cfg.layers, batch, cfg.sink, cfg.tokens, dtype=torch.float32)      # 2: keys, values
-        self.recent = zeros(2, cfg.layers, batch, self.slots, cfg.tokens)
-        self.staged = [None] * cfg.layers   # keys and values of the newest pass, not rotated
-        # what attention reads, keys rotated: two tensors a layer, so that a compiled pass writes them in place
-        self.context = [[zeros(batch, cfg.window * cfg.tokens) for _ in range(2)] for _ in range(cfg.layers)]
-        self.rope = rope_table(cfg.window, cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, device)
-        self.seen = 0                       # frames appended so far
-        self.updates = 0                    # of which folded into the sink
-        self.length = 0                     # tokens of context for the coming chunk
-
-    def attend(self, layer, q, k, v):
-        """q, k, v (B, L*N, H, D) of the chunk -> rotated q, and k, v with the context in front. Stages k, v."""
-        end = self.length + q.shape[1]
-        here = self.rope[:, self.length:end]
-        keys, values = self.context[layer]
-        self.staged[layer] = k, v
-        q, k = rotate(q, here), rotate(k, here)
-        if torch.is_grad_enabled():         # what carries gradient cannot be written in place
-            return q, torch.cat([keys[:, :self.length], k], 1), torch.cat([values[:, :self.length], v], 1)
-        keys[:, self.length:end], values[:, self.length:end] = k, v
-        return q, keys[:, :end], values[:, :end]
-
-    @torch.no_grad()
-    def append(self):
-        """Keep the newest pass's keys and values, which must be those of the clean chunk (sigma = 0), evict what that
-        pushes out of the window, and rotate what stays, once for all passes of the coming chunk."""
-        new = torch.stack([torch.stack(pair) for pair in self.staged], 1).unflatten(3, (self.cfg.chunk, -1))
-        for frame in new.unbind(3):
-            store = self.sink if self.seen < self.cfg.sink else self.recent     # the sink starts as the first S frames
-            store[:, :, :, self.seen % store.shape[3]] = frame
-            self.seen += 1
-            if self.seen - self.slots >= self.cfg.sink:
-                self.evict(self.seen - self.slots)
-        held = range(max(self.cfg.sink, self.seen - self.slots + 1), self.seen)
-        parts = [self.sink[:, :, :, :self.seen], *(self.recent[:, :, :, f % self.slots, None] for f in held)]
-        for layer, (keys, values) in enumerate(self.context):
-            k, v = torch.cat([part[:, layer].type_as(keys) for part in parts], 2).flatten(2, 3)
-            self.length = k.shape[1]                                # (B, length, H, D)
-            keys[:, :self.length], values[:, :self.length] = rotate(k, self.rope[:, :self.length]), v
-
-    def evict(self, frame):
-        """Fold frame number `frame`, the oldest that is not in the sink, into the sink; without a sink it is lost."""
-        if self.cfg.sink:
-            slot = self.sink[:, :, :, frame % self.cfg.sink]
-            slot.lerp_(self.recent[:, :, :, frame % self.slots].float(), 1 - self.cfg.alpha)
-            self.updates += 1
+    def forward(self, x, sigma_emb):
+        modulation = (self.modulation + sigma_emb.unsqueeze(2)).unsqueeze(2)
+        shift, scale = modulation.unbind(3)                                  # (B, F, 1, dim)
+        return self.head(modulate(x, shift, scale))
 
 
-# ------------------------------------------------------------------------------------------------ VideoTransformer
+# --------------------------------------------------------------------------------- Transformer
 class VideoTransformer(nn.Module):
-    """Wan2.1's text-to-video transformer (2503.20314), its parameter names included: toy, teacher, critic and student.
+    """Wan2.1's text-to-video transformer (2503.20314), parameter names included. It is teacher,
+    critic and student: without a cache all frames see each other, with one a chunk sees its past.
 
-    prompt = model.embed_text(text), text (B, T, text_dim) being what a text encoder made of the captions.
-    model(x, sigma, prompt) sees the whole clip: bidirectional, the teacher and the critic.
-    model(x, sigma, prompt, cache) sees the cached past and its own chunk: causal, the student.
+        text_kv = model.embed_text(text)                      # once per prompt
+        velocity = model(xt, sigma, text_kv, cache)
     """
     def __init__(self, cfg):
         super().__init__()
         self.cfg, dim = cfg, cfg.dim
-        self.patch_embedding = nn.Conv3d(cfg.channels, dim, (1, 2, 2), (1, 2, 2))
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        patch = 1, 2, 2                                              # frames, rows, columns
+        self.patch_embedding = nn.Conv3d(cfg.channels, dim, patch, patch)
+        self.text_embedding = mlp(cfg.text_dim, dim, dim, nn.GELU("tanh"))
+        self.time_embedding = mlp(cfg.freq_dim, dim, dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(dim, cfg.ffn_dim, cfg.heads) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(
+            Block(dim, cfg.ffn_dim, cfg.heads) for _ in range(cfg.layers))
         self.head = Head(dim, cfg.channels * 4)
-        nn.init.zeros_(self.head.head.weight)                               # starts by predicting no velocity
-        nn.init.zeros_(self.head.head.bias)
 
     def embed_text(self, text):
-        """(B, T <= text_len, text_dim) -> every layer's cross-attention key and value; once per prompt.
-        Shorter text is padded with zeros before the text layers, so padding is a constant token that is attended to."""
-        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1])).to(self.patch_embedding.weight)
-        text = self.text_embedding(text)
+        """text (B, T, text_dim) -> for every layer the keys and values of its cross-attention.
+
+        Short text is padded with zeros *before* the text layers, so padding becomes a constant
+        token that is attended to, as in Wan2.1.
+        """
+        text = pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
+        text = self.text_embedding(text.to(self.patch_embedding.weight))
         return [block.cross_attn.key_value(text) for block in self.blocks]
 
     def embed_sigma(self, sigma):
-        """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, computed in float64."""
+        """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
         half = self.cfg.freq_dim // 2
-        freqs = 10000.0 ** (-torch.arange(half, device=sigma.device, dtype=torch.float64) / half)
-        angles = 1000 * sigma.double()[..., None] * freqs
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.patch_embedding.weight.dtype)
+        exponent = torch.arange(half, device=sigma.device).double() / half
+        angles = 1000 * sigma.double()[..., None] * 10000.0 ** -exponent
+        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        return waves.to(self.patch_embedding.weight.dtype)
 
-    def forward(self, x, sigma, prompt, cache=None):
-        """Velocity (B, F, C, h, w) at x of the same shape and dtype, at sigma (B,)."""
-        time = self.time_embedding(self.embed_sigma(sigma))[:, None]        # (B, 1, dim): all frames alike
-        modulation = self.time_projection(time).unflatten(-1, (6, -1))      # (B, 1, 6, dim)
-        cfg = self.cfg
-        rope = None if cache else rope_table(x.shape[1], cfg.rows, cfg.cols, cfg.head_dim, cfg.rope_base, x.device)
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        h = F.linear(patchify(x).to(weight.dtype), weight.flatten(1), bias)     # the convolution as a matrix product
+    def forward(self, x, sigma, text_kv, cache=None):
+        """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F)."""
+        if cache is None:                                            # nothing came before
+            cache = EMASinkCache(self.cfg)
+        waves = self.embed_sigma(sigma.reshape(len(x), -1))
+        emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
+        emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
+        rope = rope_table(self.cfg, cache.frames, x.shape[1], x.device)
+        nothing = text_kv[0][0][:, :0]                                       # (B, 0, H, D)
+        h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
+        h = h.flatten(3).permute(0, 2, 3, 1)                                 # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
-            h = block(h, modulation, prompt[layer], rope, layer, cache)
-        return unpatchify(self.head(h, time), cfg.rows).type_as(x)
+            context = cache.context[layer] if cache.context else (nothing, nothing)
+            h, cache.newest[layer] = block(h, emb6, text_kv[layer], rope, context)
+        return unpatchify(self.head(h, emb), self.cfg.rows).type_as(x)
 
 
-# ------------------------------------------------------------------------------------------------ Reward, measures
-COLOURS = {"red": (242, 51, 38), "green": (51, 217, 64), "blue": (64, 102, 255), "yellow": (255, 217, 38)}
-SHAPES = ("circle", "square", "triangle")
+# ------------------------------------------------------------------------------- EMA-Sink cache
+class EMASinkCache:
+    """What a stream remembers: keys and values of S sink frames and of the newest W - S - L.
 
+    With S = L = 3 and W = 9, chunk by chunk (RoPE positions are those of the drawing's columns):
 
-def track(frames):
-    """Find the one bright object in frames (B, F, 3, height, width) uint8.
+        position    0  1  2    3  4  5    6  7  8
+        chunk 0    [f0 f1 f2]                           it is making frames 0-2
+        chunk 1     f0 f1 f2  [f3 f4 f5]
+        chunk 2     f0 f1 f2   f3 f4 f5  [f6 f7 f8]
+        chunk 3     s0 s1 s2   f6 f7 f8  [f9 ...  ]     f3-f5 left: folded into the sink
+        chunk 4     s0 s1 s2   f9 ...    [f12 ... ]     f6-f8 left: folded into the sink
 
-    Returns mask (B, F, height, width) in [0, 1], how much of each pixel it covers; centre (B, F, 2), x and y in px;
-    colour (B, F, 3) in [0, 1]. The ground is the frame's median colour. A frame without an object has an empty mask
-    and its centre in the middle of the picture.
+    A frame that leaves is folded into one sink slot, token by token, in every layer:
+
+        sink <- alpha sink + (1 - alpha) leaving        for keys and for values   (EMA-Sink)
+
+    The sink starts as the first S frames; frame f goes to slot f mod S, so that each slot is
+    fed by every S-th frame, as if chunk were folded into chunk. alpha = 1 is a static sink.
+    The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
+    Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
+    out, so positions never grow and a stream never ends. Nothing here carries gradient.
     """
-    pixels = frames.float() / 255
-    ground = pixels.flatten(3).median(3).values[..., None, None]
-    distance = (pixels - ground).square().sum(2).sqrt()
-    peak = distance.flatten(2).max(2).values[..., None, None]
-    core = (distance > 0.5 * peak).float()[:, :, None]
-    colour = (pixels * core).flatten(3).sum(3) / core.flatten(3).sum(3).clamp_min(1)
-    axis = colour[..., None, None] - ground                                 # from ground to object
-    cover = ((pixels - ground) * axis).sum(2) / axis.square().sum(2).clamp_min(1e-6)
-    mask = torch.where((cover > 0.1) & (peak > 0.2), cover.clamp(0, 1), 0.0)
-    weight = mask + 1e-6
-    rows, cols = (torch.arange(n, device=frames.device) + 0.5 for n in mask.shape[2:])
-    centre = torch.stack([(weight.sum(2) * cols).sum(2), (weight.sum(3) * rows).sum(2)], -1)
-    return mask, centre / weight.sum((2, 3))[..., None], colour
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.sink = []                      # up to S frames, each (2, layers, B, N, H, D): k and v
+        self.recent = []                    # up to W - S - L frames, oldest first
+        self.updates = 0                    # frames folded into the sink so far
+        self.newest = [None] * cfg.layers   # keys and values of the newest pass: (B, L*N, H, D)
+        self.context = []                   # per layer, what the next chunk sees: (B, T, H, D)
+
+    @property
+    def frames(self):
+        """Frames of context; the position of the next chunk's first frame."""
+        return len(self.sink) + len(self.recent)
+
+    @torch.no_grad()
+    def append(self):
+        """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
+        cfg = self.cfg
+        chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
+        chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, H, D)
+        for frame in chunk.unbind(3):
+            if len(self.sink) < cfg.sink:
+                self.sink.append(frame.float())
+            else:
+                self.recent.append(frame)
+        while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
+            self.evict(self.recent.pop(0))
+        if self.frames:
+            window = [frame.type_as(chunk) for frame in self.sink + self.recent]
+            keys, values = torch.cat(window, 3)                              # (layers, B, T, H, D)
+            rope = rope_table(cfg, 0, self.frames, keys.device)
+            self.context = list(zip(rotate(keys, rope), values))
+
+    def evict(self, frame):
+        """Fold a frame that leaves the window into the sink; without a sink it is lost."""
+        if self.cfg.sink:
+            slot = self.updates % self.cfg.sink                      # = its frame number mod S
+            self.sink[slot].lerp_(frame.float(), 1 - self.cfg.alpha)
+            self.updates += 1
 
 
-def overlap(a, b):
-    """Soft intersection over union of masks (..., height, width), in [0, 1]; two empty masks overlap 0."""
-    return torch.minimum(a, b).sum((-2, -1)) / torch.maximum(a, b).sum((-2, -1)).clamp_min(1e-6)
+# ------------------------------------------------------------------------------------- Rollout
+@torch.no_grad()
+def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None):
+    """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
+    were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
-
-def shape_overlaps(mask, centre):
-    """(B, F, 3): the overlap of each mask with a circle, square and triangle of its own area and centre."""
-    rows, cols = (torch.arange(n, device=mask.device) + 0.5 for n in mask.shape[2:])
-    dx, dy = cols - centre[..., 0, None, None], rows[:, None] - centre[..., 1, None, None]
-    area = mask.sum((2, 3))[..., None, None]
-    circle = (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt()           # how far inside the edge, in px
-    square = area.sqrt() / 2 - torch.maximum(dx.abs(), dy.abs())
-    triangle = (area / (0.75 * math.sqrt(3))).sqrt() / 2 - torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2)
-    return torch.stack([overlap(mask, (inside + 0.5).clamp(0, 1)) for inside in (circle, square, triangle)], -1)
-
-
-def motion_reward(frames, captions=None, span=2):
-    """(B,): how far the object gets, in px per frame, counting only clean motion. Any callable like this will do.
-
-    Over `span` frames: (net / span) (net / path) overlap^2, the mean over all starts. net is the straight distance,
-    path the way taken there, so jitter earns little; overlap is that of each mask, moved along, with the next one, so
-    what does not keep its form, flickers or breaks up earns little too.
+    draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise. chunks=None goes on forever.
+    In distillation all chunks stop after so many of their denoising steps.
     """
-    mask, centre, _ = track(frames)
-    step = centre.diff(dim=1)                                               # (B, F-1, 2)
-    shift = -2 * step / torch.tensor([mask.shape[3], mask.shape[2]], device=mask.device)
-    move = torch.cat([torch.eye(2, device=mask.device).expand(*step.shape, 2), shift[..., None]], 3).flatten(0, 1)
-    before = mask[:, :-1].flatten(0, 1)[:, None]
-    moved = F.grid_sample(before, F.affine_grid(move, before.shape, align_corners=False), align_corners=False)
-    same = overlap(moved[:, 0].unflatten(0, step.shape[:2]), mask[:, 1:])   # (B, F-1)
-    same, path = (x.unfold(1, span, 1).mean(-1) for x in (same, step.norm(dim=-1)))       # (B, F-span), per frame
-    net = (centre[:, span:] - centre[:, :-span]).norm(dim=-1) / span
-    return (net ** 2 / path.clamp_min(1e-3) * same ** 2).mean(1)
+    def fresh(chunk, step):
+        return torch.randn(len(text), cfg.chunk, *cfg.latent)
+    draw = draw or fresh
+    cache = cache or EMASinkCache(cfg)
+    text_kv = student.embed_text(text)
+    for chunk in itertools.count() if chunks is None else range(chunks):
+        xt = draw(chunk, 0)                                          # pure noise: sigma = 1
+        for step, sigma in enumerate(cfg.sigmas[:steps]):
+            if step > 0:
+                xt = add_noise(x0, draw(chunk, step), sigma.expand(len(xt)))
+            x0 = predict_x0(student, xt, sigma.expand(len(xt)), text_kv, cache)
+        yield x0, xt
+        if chunk + 1 != chunks:
+            remember(student, x0, text_kv, cache)
 
 
-def find_reward(name, clips, captions, cfg):
-    """The reward called `name`, shifted and scaled to mean 0 and deviation 1 over the data's training clips.
-
-    "motion", or "module:function" of the user's own: (frames (B, F, 3, height, width) uint8, captions) -> (B,).
-    """
-    pieces = [(piece, caption) for clip, caption in zip(clips, captions)
-              for piece in clip.split(cfg.clip) if len(piece) == cfg.clip]
-    try:
-        reward = torch.no_grad()(motion_reward if name == "motion" else pkgutil.resolve_name(name))
-        scores = reward(torch.stack([piece for piece, _ in pieces]), [caption for _, caption in pieces])
-        mean, deviation = scores.mean(), scores.std()
-        if scores.shape != (len(pieces),) or not deviation > 1e-6:
-            raise ValueError(f"{len(pieces)} clips gave {tuple(scores.shape)} numbers of deviation {deviation:.3g}")
-    except Exception as error:                                              # whatever the user's module raises
-        raise BadInput(f"--reward {name} cannot be used ({error}): give motion or module:function, and "
-                       "clips that it tells apart")
-    return lambda frames, captions: (reward(frames, captions) - mean) / deviation
+@torch.no_grad()
+def remember(student, x0, text_kv, cache):
+    """One more pass, on the clean chunk at sigma 0: later chunks shall see keys and values of the
+    frames as they are, not of the noisy ones that the last step saw."""
+    student(x0, x0.new_zeros(len(x0)), text_kv, cache)
+    cache.append()
 
 
-def measure(frames, captions, cfg, first=None):
-    """Five numbers about decoded frames (B, F, 3, height, width) uint8, means over the B clips.
-
-    colour  fraction of frames whose object is nearest, by angle in RGB, to the captioned one (None if none is)
-    shape   fraction of frames whose object overlaps the captioned shape best (None if no caption names one)
-    speed   px per frame that the object's centre moves
-    copy    mean over frames W and later (at least the last L) of the largest correlation, over pixels, with a frame of
-            the first chunk; given `first`, a chunk from earlier in the stream, mean over all frames with that instead
-    drift   standard deviation over some 30 equal segments (of L frames or more, so fewer in a short clip) of the
-            quality, which is 100 times the overlap with the captioned shape, or with the best one (after the paper's)
-    """
-    def wanted(names):                                                      # (B,) index of the captioned name, else -1
-        return torch.tensor([next((i for i, n in enumerate(names) if n in c.lower().split()), -1) for c in captions])
-
-    def rate(best, target):
-        named, best = target >= 0, torch.where(mask.sum((2, 3)) > 0, best, -1)     # nothing there is wrong
-        return (best[named] == target[named, None]).float().mean().item() if named.any() else None
-
-    def unit(x):                                                            # inner products are then correlations
-        x = x.float().flatten(2)
-        return F.normalize(x - x.mean(2, keepdim=True), dim=2)
-    mask, centre, colour = track(frames)
-    hues = F.normalize(torch.tensor(list(COLOURS.values())).float(), dim=1)
-    overlaps, shape = shape_overlaps(mask, centre), wanted(SHAPES)
-    quality = torch.where(shape[:, None] >= 0, overlaps[torch.arange(len(shape)), :, shape], overlaps.max(2).values)
-    segment = max(cfg.chunk, frames.shape[1] // 30)
-    later = frames if first is not None else frames[:, min(cfg.window, frames.shape[1] - cfg.chunk):]
-    similarity = unit(later) @ unit(frames[:, :cfg.chunk] if first is None else first).mT
-    return {"colour": rate((F.normalize(colour, dim=2) @ hues.T).argmax(2), wanted(COLOURS)),
-            "shape": rate(overlaps.argmax(2), shape),
-            "speed": centre.diff(dim=1).norm(dim=-1).mean().item(),
-            "copy": similarity.max(2).values.mean().item(),
-            "drift": 100 * quality.unfold(1, segment, segment).mean(2).std(1, correction=0).mean().item()}
+# -------------------------------------------------------------------------------------- Losses
+def mean_each(x):
+    """The mean of each sample: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
 
 
-# --------------------------------------------------------------------------------------------------------- Rollout
-def rollout(student, text, cfg, draw, chunks=None, exit_step=None, cache=None):
-    """Yield clean latent chunks (B, L, C, h, w), one after the other: training, evaluation and streaming are this.
-
-    draw() gives noise (B, L, C, h, w); chunks=None goes on for ever. Each chunk starts from noise at sigma = 1, then
-    predicts x0 and re-noises it with fresh noise, step by step; before the next one is begun, a pass on the clean x0 at
-    sigma = 0 writes the cache (Self Forcing, 2506.08009). exit_step stops the denoising there and, where gradients are
-    on, lets that step alone carry them: its x0 is the training sample.
-    """
-    learn = exit_step is not None and torch.is_grad_enabled()
-    with torch.set_grad_enabled(learn):
-        prompt = student.embed_text(text)
-    like = prompt[0][0]                             # of the batch, device and dtype of all that follows
-    sigmas = torch.tensor(cfg.sigmas + [0.0], device=like.device)[:, None].expand(-1, len(like))
-    levels = sigmas[:-1] if exit_step is None else sigmas[:exit_step + 1]
-    cache = cache or EMASinkCache(cfg, len(like), like.device, like.dtype)
-    for n in itertools.count() if chunks is None else range(chunks):
-        if n:                                       # only now, so that chunk n - 1 is seen before its cache pass is run
-            with torch.no_grad():
-                student(x0.detach(), sigmas[-1], prompt, cache)
-            cache.append()
-        for step, sigma in enumerate(levels):
-            xt = add_noise(x0, draw(), sigma) if step else draw()
-            with torch.set_grad_enabled(learn and step == exit_step):
-                x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
-        yield x0
+def mean_square(error):
+    return mean_each(error.square())
 
 
-# ---------------------------------------------------------------------------------------------------------- Losses
-def flow_matching_loss(model, x0, prompt, sigma, noise, weight=1.0):
-    """Mean of weight (v - (noise - x0))^2: x0 (B, F, C, h, w), sigma and weight (B,), prompt from model.embed_text."""
-    velocity = model(add_noise(x0, noise, sigma), sigma, prompt)
-    return (weight * (velocity - (noise - x0)).square().flatten(1).mean(1)).mean()
-
-
-critic_loss = flow_matching_loss    # the critic is a flow model of the student's samples
-
-
-def critic_weight(reward, beta):
-    """exp(-reward / beta) for each sample (B,), of mean 1 over the batch: --tilt critic, which goes beyond the paper.
-
-    Where critic and teacher agree DMD's gradient is zero, however it is weighted: Re-DMD chooses what is mended first,
-    not where training ends. A critic trained with these weights models student * exp(-reward / beta); unweighted DMD
-    makes that equal to the teacher, so training ends at student = teacher * exp(reward / beta), the paper's own target.
-    """
-    return len(reward) * torch.softmax(-reward / beta, 0)
+def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_square):
+    """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B,) or (B, F), weight (B,).
+    It trains the teacher on data and the critic on the student's samples."""
+    velocity = model(add_noise(x0, noise, sigma), sigma, text_kv)
+    return (weight * norm(velocity - (noise - x0))).mean()
 
 
 def guided_x0(teacher, xt, sigma, text, guidance):
-    """The teacher's x0 with classifier-free guidance, cond + guidance (cond - uncond); no text is all zeros."""
-    xt, sigma, text = xt.repeat(2, 1, 1, 1, 1), sigma.repeat(2), torch.cat([text, torch.zeros_like(text)])
-    cond, uncond = recover_x0(xt, teacher(xt, sigma, teacher.embed_text(text)), sigma).chunk(2)
+    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). No text is all zeros."""
+    cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
+    uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(torch.zeros_like(text)))
     return cond + guidance * (cond - uncond)
 
 
 def dmd_gradient(x, x0_real, x0_fake):
-    """(x0_fake - x0_real) / mean|x - x0_real|: where a sample should not go (DMD2, 2405.14867). All (B, F, C, h, w).
+    """g, the direction in which a sample x is too much the student's own. All (B, F, C, h, w).
 
-    x is the student's sample, x0_real the teacher's and x0_fake the critic's denoising of a noised x.
-    The mean is over all but the batch. Zero where critic and teacher agree.
+    DMD minimises KL(student || teacher) over noised samples xt. Its gradient in xt is the
+    difference of the scores:  grad log p_student(xt) - grad log p_teacher(xt).
+    A score is an x0 prediction in disguise:  grad log p(xt) = ((1 - sigma) x0 - xt) / sigma^2.
+    So the difference of the scores is that of the x0 predictions, up to a factor, which DMD
+    replaces by 1 / mean|x - x0_real| over each sample (2311.18828, eq. 7 and 8):
     """
-    normaliser = (x - x0_real).abs().mean(tuple(range(1, x.dim())), keepdim=True)
-    return (x0_fake - x0_real) / normaliser.clamp_min(1e-8)
+    normaliser = mean_each((x - x0_real).abs()).clamp_min(1e-8)
+    return (x0_fake - x0_real) / broadcast(normaliser, x)
 
 
-def redmd_loss(x, gradient, reward, beta):
-    """Half the mean of exp(reward / beta) (x - stopgrad(x - gradient))^2, reward (B,): one weight per sample.
-    Its derivative in x is exp(reward / beta) gradient / x.numel() (Reward Forcing, Re-DMD). beta = inf is plain DMD."""
-    return (torch.exp(reward / beta) * (x - (x - gradient).detach()).square().flatten(1).mean(1)).mean() / 2
+def regression_loss(x0, target, weight=1.0):
+    """1/2 mean of weight (x0 - target)^2, weight (B,). With target = stopgrad(x0 - g) this is the
+    loss of Re-DMD: its slope in x0 is weight g / numel."""
+    return (weight * mean_each((x0 - target).square())).mean() / 2
 
 
-# ------------------------------------------------------------------------------------- Optimiser, checkpoint, log
-class Muon(torch.optim.Optimizer):
-    """Momentum for matrices, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024): every direction moves alike.
+class RewardWeight(nn.Module):
+    """weight = exp(reward / beta), one per sample (B,), divided by its running mean (Re-DMD).
 
-    Written out because torch has it from 2.9 on only, and to take all matrices of one shape through together.
+    The mean, over twenty batches or so, keeps the size of a step apart from the size of the
+    rewards; a single batch's would be biased. beta = inf is plain DMD: every weight is 1.
     """
-    @torch.no_grad()
-    def step(self):
-        lr, shapes = self.param_groups[0]["lr"], {}
-        for p in self.param_groups[0]["params"]:
-            shapes.setdefault(p.shape, []).append(p)
-        for (rows, cols), params in shapes.items():
-            grad = torch.stack([p.grad for p in params])
-            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
-            x = grad.lerp(momentum, 0.95)
-            x = F.normalize(x.mT if rows > cols else x, dim=(1, 2), eps=1e-30)
-            for _ in range(5):
-                gram = x @ x.mT                             # x <- (3.4445 - 4.7750 gram + 2.0315 gram^2) x
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-            for p, direction in zip(params, x.mT if rows > cols else x):
-                p.mul_(1 - 0.01 * lr).sub_(direction, alpha=lr * max(1, rows / cols) ** 0.5)
+    def __init__(self, beta):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("mean", torch.tensor(math.nan).double())
+
+    def forward(self, reward):
+        weight = torch.exp(reward.double() / self.beta)              # float64: exp(-100) is not 0
+        if self.mean.isnan():
+            self.mean.copy_(weight.mean())
+        self.mean.lerp_(weight.mean(), 0.05)
+        return (weight / self.mean).float()
 
 
-def make_optimizers(model, lr):
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    chosen = set(matrices)
-    others = [p for p in model.parameters() if p not in chosen]
-    # Neither sees a gradient's scale, so of the reward weights only the ratios matter. Hence the small eps, too:
-    # exp(reward / beta) scales gradients by many orders, and a larger one would silently stop the steps.
-    return [Muon(matrices, {"lr": lr}),
-            torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.01)]
-
-
-def update(model, loss, max_norm):
-    """One step of the model's optimizers down the gradient of loss, clipped to max_norm; returns the norm before."""
-    model.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    for optimizer in model.optimizers:
-        optimizer.step()
-    return norm.item()
-
-
-def seeded(*what, device="cpu"):
-    """A generator whose noise depends on `what` alone: a step needs no history, so a resumed run repeats it exactly."""
-    return torch.Generator(device).manual_seed(zlib.crc32("/".join(map(str, what)).encode()))
-
-
-def write_safely(path, write):
-    """write(temporary path), then rename: a run killed at any moment leaves the old file or the new one, whole."""
-    temporary = path.with_name("." + path.name)                             # Pillow goes by the suffix
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_json(path, content):
-    """Write content, numpy's numbers included, as JSON; returns the text."""
-    text = json.dumps(content, indent=1, default=float) + "\n"
-    write_safely(path, lambda p: p.write_text(text))
-    return text
-
-
-def make_writable(folder):
-    """Make the folder if need be. BadInput if nothing can be written there."""
-    try:
-        (folder / ".writable").mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").rmdir()
-    except OSError as error:
-        raise BadInput(f"--out {folder} cannot be written ({error.strerror}): choose another folder")
-
-
-def load_checkpoint(path, given, free=()):
-    """The checkpoint's dict, or None if there is no such file. BadInput if it is damaged, or, with what differs, if its
-    config is not as `given` in fields that are not `free`; a field that it does not have is at its default."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        there = state["config"] = asdict(Config()) | state["config"]        # KeyError if it is another program's
-    except FileNotFoundError:
-        return None
-    except Exception as error:                                              # torch raises many kinds on a broken file
-        raise BadInput(f"{path} is damaged or not a checkpoint ({str(error)[:100]!r}): delete it to train again")
-    if differ := [f"{k}={there.get(k)} there and {v} here" for k, v in given.items()
-                  if k not in free and there.get(k) != v]:
-        raise BadInput(f"{path} was made with another config ({', '.join(differ)}): match it or choose another --out")
-    return state
-
-
-class Run:
-    """A training run in the folder `out`: its data, its models so far, its checkpoint and its log.
-
-    state, which is what checkpoint.pt holds: config (with a checksum of the data), words, codec; models: the weights of
-    every finished stage; seconds: what each took so far; log; partial: step, models, optimisers of the stage under way.
-    """
-    def __init__(self, cfg, out, data, device):
-        self.cfg, self.out, self.data, self.device = cfg, Path(out), data, device
-        self.clips, self.captions = load_clips(data, cfg)
-        self.prompts = list(dict.fromkeys(self.captions))                   # every caption once
-        self.reward = find_reward(cfg.reward, self.clips, self.captions, cfg)
-        self.text = WordText(cfg, self.captions)
-        self.text(self.captions)                                            # refuse a caption that is too long now
-        checksum = zlib.crc32(b"".join(clip.numpy().tobytes() for clip in self.clips) + str(self.captions).encode())
-        config = {**asdict(cfg), "data": checksum}
-        self.path = self.out / "checkpoint.pt"
-        self.state = load_checkpoint(self.path, config) or {
-            "config": config, "models": {}, "seconds": {}, "log": [], "partial": None, "words": self.text.words,
-            "codec": PatchCodec.fit(cfg, self.clips).state}
-        self.codec = PatchCodec(cfg, self.state["codec"])
-        self.began = time.time()                                            # of the stage under way
-
-    def save(self):
-        """Checkpoint and log together: a killed run leaves no log lines of steps that will be taken again."""
-        write_safely(self.path, lambda path: torch.save(self.state, path))
-        lines = "".join(json.dumps(row) + "\n" for row in self.state["log"])
-        write_safely(self.out / "log.jsonl", lambda path: path.write_text(lines))
-
-    def model(self, name=None, lr=None):
-        """A new VideoTransformer, fresh or with the weights of a finished stage; given lr, to be trained."""
-        torch.manual_seed(self.cfg.seed)
-        model = VideoTransformer(self.cfg).to(self.device).requires_grad_(lr is not None)
-        if name:
-            model.load_state_dict(self.state["models"][name])
-        model.optimizers = make_optimizers(model, lr) if lr else []
-        return model
-
-    def noise(self, generator, batch, frames):
-        return torch.randn(batch, frames, *self.cfg.latent, generator=generator).to(self.device)
-
-    def noise_levels(self, generator, batch):
-        """(B,) random levels of the schedule, one in each equal slice of it."""
-        even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        return shift_sigma(even, self.cfg.shift).to(self.device)
-
-    def train(self, stage, steps, models):
-        """Yield (step, generator, log) `steps` times: the caller takes the step and puts {name: number} into log.
-
-        Goes on where the checkpoint stopped; the last of models is the stage's result. FloatingPointError, naming the
-        step, if a logged number is not finite.
-        """
-        optimizers = [optimizer for model in models for optimizer in model.optimizers]
-        state, parts, start = self.state, [*models, *optimizers], 0
-        if state["partial"]:
-            start, self.began = state["partial"]["step"], time.time() - state["seconds"][stage]
-            for part, saved in zip(parts, state["partial"]["parts"]):
-                part.load_state_dict(saved)
-        for step in (bar := tqdm(range(start, steps), stage, initial=start, total=steps)):
-            for o in optimizers:
-                o.param_groups[0]["lr"] = o.defaults["lr"] * min(1, (step + 1) / 20) * (1 - step / steps)
-            yield step, seeded(self.cfg.seed, stage, step), (log := {})
-            last = step + 1 == steps
-            keep = last or (step + 1) % max(1, steps // 20) == 0                # some 20 checkpoints a stage
-            if keep:
-                log["weights"] = sum(p.norm().item() for model in models for p in model.parameters())
-            if wrong := [name for name, number in log.items() if not math.isfinite(number)]:
-                raise FloatingPointError(f"{stage} step {step}: {', '.join(wrong)} is not finite; a smaller learning "
-                                         "rate, or a larger beta, in another --out may help")
-            if last or step % 10 == 0:
-                bar.set_postfix(log)
-                state["log"].append({"stage": stage, "step": step, **log})
-            if last:
-                state["models"][stage], state["partial"] = models[-1].state_dict(), None
-            elif keep:
-                state["partial"] = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
-            if keep:
-                state["seconds"][stage] = time.time() - self.began
-                self.save()
-        self.began = time.time()
-
-
-# ------------------------------------------------------------------------------------------------- Training stages
+# ----------------------------------------------------------------------------- Training stages
 def train_teacher(run):
-    """Stage 1: a bidirectional model learns the data by flow matching, now and then without its caption."""
-    cfg, teacher = run.cfg, run.model(lr=run.cfg.teacher_lr)
-    for _, g, log in run.train("teacher", cfg.teacher_steps, [teacher]):
-        captions, crops = [], []
-        for i, flip in zip(torch.randint(len(run.clips), (cfg.teacher_batch,), generator=g).tolist(),
-                           torch.rand(cfg.teacher_batch, generator=g) < 0.5):
-            start = torch.randint(len(run.clips[i]) - cfg.clip + 1, (1,), generator=g).item()
-            crop = run.clips[i][start:start + cfg.clip]
-            crops.append(crop.flip(-1) if flip else crop)
-            captions.append(run.captions[i] if torch.rand(1, generator=g) >= cfg.drop_caption else "")
-        x0 = run.codec.encode(torch.stack(crops)).to(run.device)
-        sigma, noise = run.noise_levels(g, len(x0)), run.noise(g, *x0.shape[:2])
-        loss = flow_matching_loss(teacher, x0, teacher.embed_text(run.text(captions)), sigma, noise)
-        log.update(loss=loss.item(), grad_norm=update(teacher, loss, 1.0))
+    """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
+    cfg = run.cfg
+    teacher = run.model()
+    optimizers = make_optimizers(teacher, cfg.teacher_lr)
+    stage = Stage(run, "teacher", cfg.teacher_steps, teacher, *optimizers)
+    for step in stage.bar:
+        set_seed(cfg.seed, "teacher", step)
+        x0, text = run.draw_clips()                                          # (B, F, C, h, w)
+        u = torch.rand(cfg.batch, cfg.clip)  # in half of the clips each frame has a level of its
+        u[::2] = u[::2, :1]                  # own: clean neighbours teach where a noisy object is
+        sigma = shift_sigma(u, cfg.sigma_shift)
+        text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
+        loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
+        loss.backward()
+        grad_norm = update(teacher, optimizers, 1.0, step / cfg.teacher_steps)
+        stage.end(step, loss=loss.item(), grad_norm=grad_norm)
 
 
 @torch.no_grad()
 def teacher_trajectory(teacher, noise, text, cfg):
-    """The guided teacher's path from noise (B, F, C, h, w) to video: (B, steps + 1, F, C, h, w), clean frames last.
+    """The guided teacher's path from noise (B, F, C, h, w) to clean frames, at the student's sigmas
+    and at 0: (B, denoise_steps + 1, F, C, h, w).
 
-    sample_steps Euler steps; kept are the points at the student's sigmas.
+    An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
+        x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
     """
-    sigmas = shift_sigma(torch.linspace(1, 0, cfg.sample_steps + 1), cfg.shift).tolist()
-    x, points = noise, []
-    for i, (sigma, after) in enumerate(tqdm(list(zip(sigmas, sigmas[1:])), "teacher samples", leave=False)):
-        if i % (cfg.sample_steps // cfg.steps) == 0:
-            points.append(x)
-        x0 = guided_x0(teacher, x, torch.full((len(x),), sigma, device=x.device), text, cfg.guidance)
-        x = x0 + (x - x0) * after / sigma
-    return torch.stack(points + [x], 1)
+    sigmas = cfg.schedule(cfg.sample_steps)
+    x, path = noise, []
+    for i in range(cfg.sample_steps):
+        path.append(x)
+        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, cfg.guidance)
+        x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
+    stride = cfg.sample_steps // cfg.denoise_steps
+    return torch.stack([*path[::stride], x], 1)
+
+
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0):
+    """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
+    chunk against its target, the context being the clean chunks before it. Returns the loss.
+
+    Chunk by chunk, through the cache as in streaming. The context carries no gradient, so each
+    chunk's is sent back at once, and the activations of only one chunk are alive at a time.
+    noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
+    """
+    cache = EMASinkCache(cfg)
+    total = 0.0
+    for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
+        text_kv = student.embed_text(text)
+        x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
+        loss = regression_loss(x0, target[:, now], weight) * cfg.chunk / clean.shape[1]
+        loss.backward()
+        total += loss.item()
+        remember(student, clean[:, now], text_kv, cache)
+    return total
 
 
 def train_ode(run):
-    """Stage 2: the causal student, started from the teacher, learns to jump to the end of the teacher's trajectories.
+    """Stage 2: the causal student, started from the teacher, learns to jump from any of its four
+    noise levels to the end of the teacher's trajectories. Every chunk has a level of its own.
 
-    Each chunk has its own noise level; its context is the trajectory's clean end, through the cache as in streaming.
+    The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
+    errors at small sigma more.
     """
-    cfg, student = run.cfg, run.model("teacher", lr=run.cfg.ode_lr)
-    text = run.text([run.prompts[i % len(run.prompts)] for i in range(cfg.ode_clips)])
-    noise = run.noise(seeded(cfg.seed, "trajectories"), cfg.ode_clips, cfg.clip)
-    paths = teacher_trajectory(run.model("teacher"), noise, text, cfg).unflatten(2, (-1, cfg.chunk))
-    sigmas = torch.tensor(cfg.sigmas, device=run.device)
-    for _, g, log in run.train("ode", cfg.ode_steps, [student]):
-        picked = torch.randint(cfg.ode_clips, (cfg.ode_batch,), generator=g)
-        prompt, cache = student.embed_text(text[picked]), EMASinkCache(cfg, cfg.ode_batch, run.device)
-        losses = []
-        for chunk in range(cfg.clip // cfg.chunk):
-            if chunk:
-                with torch.no_grad():
-                    student(clean, torch.zeros_like(sigma), prompt, cache)
-                cache.append()
-            level = torch.randint(cfg.steps, (cfg.ode_batch,), generator=g)
-            xt, clean, sigma = paths[picked, level, chunk], paths[picked, -1, chunk], sigmas[level]
-            x0 = recover_x0(xt, student(xt, sigma, prompt, cache), sigma)
-            losses.append((x0 - clean).square().mean())
-        loss = torch.stack(losses).mean()
-        log.update(loss=loss.item(), grad_norm=update(student, loss, 1.0))
+    cfg = run.cfg
+    text = run.world.text(run.world.prompts * cfg.ode_clips)
+    teacher, paths = run.model("teacher"), []
+    for some in text.split(cfg.batch):                               # all at once: much memory
+        noise = torch.randn(len(some), cfg.clip, *cfg.latent)
+        paths.append(teacher_trajectory(teacher, noise, some, cfg))
+    paths = torch.cat(paths)                                         # (clips, steps + 1, F, ...)
+    student = run.model("teacher")
+    optimizers = make_optimizers(student, cfg.ode_lr)
+    stage = Stage(run, "ode", cfg.ode_steps, student, *optimizers)
+    for step in stage.bar:
+        set_seed(cfg.seed, "ode", step)
+        picked = torch.randint(len(text), (cfg.batch,))
+        level = torch.randint(cfg.denoise_steps, (cfg.batch, cfg.clip // cfg.chunk))
+        level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
+        noisy = paths[picked[:, None], level, torch.arange(cfg.clip)]        # (B, F, C, h, w)
+        clean = paths[picked, -1]
+        sigma = cfg.sigmas[level]
+        loss = regress(student, text[picked], cfg, noisy, sigma, clean, target=clean)
+        grad_norm = update(student, optimizers, 1.0, step / cfg.ode_steps)
+        stage.end(step, loss=loss, grad_norm=grad_norm)
 
 
-def train_student(run, watch=lambda step, average: None):
-    """Stage 3: Re-DMD on the student's own rollouts. A critic, started from the teacher, learns what the student makes;
-    the student moves away from the critic and towards the teacher, most where a sample was rewarded."""
-    cfg, teacher, average = run.cfg, run.model("teacher"), run.model("ode")
-    student, critic = run.model("ode", lr=cfg.student_lr), run.model("teacher", lr=cfg.critic_lr)
-    judge = lambda x, captions: run.reward(run.codec.decode(x.detach()), captions).to(run.device)     # (B,)
+def train_student(run):
+    """Stage 3: Re-DMD on the student's own rollouts.
 
-    def sample(g):
-        """Rollouts x (B, F, C, h, w), all stopped at one random step; their captions, text, noise and the cache."""
-        captions = [run.prompts[i] for i in torch.randint(len(run.prompts), (cfg.distill_batch,), generator=g)]
-        exit_step = torch.randint(cfg.steps, (1,), generator=g).item()
-        cache, text = EMASinkCache(cfg, cfg.distill_batch, run.device), run.text(captions)
-        draw = lambda: run.noise(g, cfg.distill_batch, cfg.chunk)
-        x = torch.cat(list(rollout(student, text, cfg, draw, cfg.clip // cfg.chunk, exit_step, cache)), 1)
-        sigma, noise = run.noise_levels(g, len(x)).clamp(0.02, 0.98), run.noise(g, *x.shape[:2])    # as DMD clamps
-        return x, captions, text, sigma, noise, cache
+        critic_ratio times:  x <- rollout;  critic <- flow matching on x, not weighted
+        x, noisy  <- rollout, all chunks stopped at one random step   (sweep 1: no gradient)
+        xt        <- x, noised to a random sigma
+        x0_real   <- teacher(xt) with guidance
+        x0_fake   <- critic(xt)
+        g         <- (x0_fake - x0_real) / mean|x - x0_real|
+        weight    <- exp(reward(x) / beta), one per sample
+        student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
 
-    for step, g, log in run.train("student", cfg.distill_steps, [student, critic, average]):      # the average streams
-        critic_losses = []
+    Teacher and critic see the whole clip at once. They judge; only the student must be causal.
+    Where critic = teacher, g is 0 whatever the weight: a student that can express the teacher's
+    distribution ends there, as under DMD; the weight says what is mended first. One that cannot,
+    or that is given no time to, ends where the weights have pulled it.
+    """
+    cfg = run.cfg
+    teacher, critic = run.model("teacher"), run.model("teacher")
+    student, average = run.model("ode"), run.model("ode")            # the average is what streams
+    student_optimizers = make_optimizers(student, cfg.student_lr)
+    critic_optimizers = make_optimizers(critic, cfg.critic_lr)
+    # Beyond the paper, --tilt: a critic trained with weights exp(-reward / beta) models
+    # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
+    # student = teacher * exp(reward / beta).
+    weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
+    stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
+                  *student_optimizers, *critic_optimizers)
+
+    for step in stage.bar:
+        set_seed(cfg.seed, "student", step)
+        progress = step / cfg.distill_steps
         for _ in range(cfg.critic_ratio):
-            with torch.no_grad():
-                x, captions, text, sigma, noise, _ = sample(g)
-            weight = critic_weight(judge(x, captions), cfg.beta) if cfg.tilt == "critic" else 1.0
-            loss = critic_loss(critic, x, critic.embed_text(text), sigma, noise, weight)
-            update(critic, loss, 1.0)
-            critic_losses.append(loss.item())
+            x, _, _, text, _ = run.draw_samples(student)
+            weight = weigh(motion_reward(run.world.decode(x))) if cfg.tilt else 1.0
+            sigma = run.draw_sigma()
+            text_kv, noise = critic.embed_text(text), torch.randn_like(x)
+            critic_loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight)
+            critic_loss.backward()
+            update(critic, critic_optimizers, 1.0, progress)
 
-        x, captions, text, sigma, noise, cache = sample(g)
-        reward = judge(x, captions)
+        x, noisy, exit_sigma, text, cache = run.draw_samples(student)
+        reward = motion_reward(run.world.decode(x))                          # (B,)
+        if cfg.shuffle:
+            reward = reward[torch.randperm(len(x))]
+        weight = weigh(reward)
+        sigma = run.draw_sigma()
+        xt = add_noise(x, torch.randn_like(x), sigma)
         with torch.no_grad():
-            xt = add_noise(x, noise, sigma)
             x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
-            x0_fake = recover_x0(xt, critic(xt, sigma, critic.embed_text(text)), sigma)
-        beta = cfg.beta if cfg.tilt == "student" else math.inf
-        loss, weight = redmd_loss(x, dmd_gradient(x, x0_real, x0_fake), reward, beta), torch.exp(reward / beta)
-        norm = update(student, loss, 10.0)                                  # the public code's limit
-        for mean, new in zip(average.parameters(), student.parameters()):
-            mean.lerp_(new.detach(), 1 - min(cfg.ema, (step + 1) / (step + 4)))    # a shorter memory at first
-        log.update(loss=loss.item(), critic=sum(critic_losses) / cfg.critic_ratio, reward=reward.mean().item(),
-                   weight_min=weight.min().item(), weight_max=weight.max().item(), grad_norm=norm,
-                   gap=(x0_real - x0_fake).abs().mean().item(), sink_updates=cache.updates)
-        watch(step, average)
+            x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
+        target = x - dmd_gradient(x, x0_real, x0_fake)
+        loss = regress(student, text, cfg, noisy, exit_sigma, x, target,
+                       weight=1.0 if cfg.tilt else weight)
+        grad_norm = update(student, student_optimizers, 10.0, progress)
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), student.parameters()):
+                mean.lerp_(new, 1 - cfg.weight_ema)
+        stage.end(step, loss=loss, critic_loss=critic_loss.item(), grad_norm=grad_norm,
+                  reward=reward.mean().item(), gap=(x0_real - x0_fake).abs().mean().item(),
+                  weight_min=weight.min().item(), weight_max=weight.max().item(),
+                  effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
+                  sink_updates=cache.updates)
 
 
-# ------------------------------------------------------------------------------------------------------- Streaming
-def stream(student, codec, text, cfg, captions, frames=None, seed=0):
-    """Yield decoded frames (B, F, 3, height, width) uint8 chunk by chunk, as each is done; frames=None: for ever.
+# =============================================================================================
+# The paper ends here. What follows is the world of the toy, the plumbing, and the full size.
+# =============================================================================================
 
-    codec (None: latents, not decoded) and text as PatchCodec and WordText. BadInput unless frames make whole chunks.
+
+# --------------------------------------------------------------------------- The world of the toy
+class ToyWorld:
+    """What tiny_data/world.npz holds, made by make.py beside it: clips, their captions, and the
+    toy's VAE, which is the principal components of stride x stride pixel patches.
+
+    clips     (n, F, 3, height, width) uint8, of one coloured shape each
+    captions  n strings; prompts: each once; words: what they are made of
     """
-    chunks, device = None if frames is None else cfg.chunks_in(frames), student.patch_embedding.weight.device
-    generator, shape = seeded(seed, "stream", device=device), (len(captions), cfg.chunk, *cfg.latent)
-    draw = lambda: torch.randn(shape, generator=generator, device=device)
-    memory = {}                                                             # what the codec keeps of earlier frames
-    for latents in rollout(student, text(captions), cfg, draw, chunks):
-        yield codec.decode(latents, memory) if codec else latents
+    def __init__(self, cfg, path):
+        self.cfg = cfg
+        try:
+            with np.load(path) as file:
+                self.captions = file["captions"].tolist()
+                self.clips, self.mean, self.to_latent, self.to_patch = (
+                    torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
+            _, frames, *latent = self.encode(self.clips[:1]).shape
+        except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            raise BadInput(f"{path} cannot be used ({error}): make another by tiny_data/make.py, "
+                           f"or change --stride {cfg.stride}")
+        self.prompts = list(dict.fromkeys(self.captions))
+        self.words = sorted(set(" ".join(self.captions).split()))
+        check(latent == [*cfg.latent] and frames >= cfg.clip and len(self.words) <= cfg.text_dim,
+              f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
+              f"do not fit {[*cfg.latent]}, --clip {cfg.clip} and --text-dim {cfg.text_dim}: "
+              "change the flags or make another by tiny_data/make.py")
+
+    def text(self, captions):
+        """The toy's text encoder: captions to (B, text_len, text_dim).
+
+        One-hot words, so that the model's first text layer learns one token per word; "" is all
+        zeros, the null caption of guidance. BadInput for a word that is not known.
+        """
+        features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
+        for row, caption in zip(features, captions):
+            words = caption.split()
+            check(len(words) <= len(row) and set(words) <= set(self.words),
+                  f"{caption!r} must be at most {len(row)} words of: {', '.join(self.words)}")
+            for token, word in zip(row, words):
+                token[self.words.index(word)] = 1
+        return features
+
+    def encode(self, frames):
+        """(B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) of variance about 1."""
+        patches = pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride).movedim(2, -1)
+        return ((patches - self.mean) @ self.to_latent).movedim(-1, 2)
+
+    def decode(self, latents, past=None):
+        """The inverse, as near as C components allow; past is for a VAE that has a memory."""
+        patches = latents.movedim(2, -1) @ self.to_patch + self.mean
+        return to_bytes(pixel_shuffle(patches.movedim(-1, 2), self.cfg.stride))
 
 
-def save_gif(path, videos, scale=3):
-    """Videos (B, F, 3, height, width) uint8 in a grid as one GIF or WebP of 16.7 frames per second."""
-    columns = min(4, len(videos))
-    videos = torch.cat([videos, torch.zeros_like(videos[:-len(videos) % columns])])       # black fills the last row
-    grid = videos.unflatten(0, (-1, columns)).permute(2, 0, 4, 1, 5, 3)     # (F, rows, height, columns, width, 3)
-    frames = grid.flatten(3, 4).flatten(1, 2).numpy()
-    first, *rest = [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST) for frame in frames]
-    write_safely(path, lambda p: first.save(p, save_all=True, append_images=rest, duration=60, loop=0))
+def to_bytes(pixels):
+    """[-1, 1] to uint8."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_mp4(path, chunks, width, height):
-    """Pipe chunks (1, F, 3, height, width) uint8 through ffmpeg as they come, for 16 frames per second."""
-    command = f"ffmpeg -y -v error -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r 16 -i - -pix_fmt yuv420p".split()
-    with contextlib.suppress(BrokenPipeError), subprocess.Popen([*command, path], stdin=subprocess.PIPE) as ffmpeg:
-        for frames in chunks:
-            ffmpeg.stdin.write(frames[0].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-    require(ffmpeg.returncode == 0, f"ffmpeg could not write {path}: see its message above")
+def track(frames):
+    """The one bright object in frames (B, F, 3, height, width) uint8: its mask (B, F, height,
+    width) in [0, 1] and its centre (B, F, 2), x and y in px. No object: an empty mask."""
+    pixels = frames / 255
+    ground = pixels.flatten(3).median(3).values[..., None, None]
+    distance = (pixels - ground).norm(dim=2)
+    peak = distance.amax((2, 3), keepdim=True)
+    mask = distance / peak.clamp_min(1e-6) * (distance > 0.15 * peak) * (peak > 0.2)
+    x = torch.arange(mask.shape[3]) + 0.5
+    y = torch.arange(mask.shape[2]) + 0.5
+    moment = torch.stack([mask.sum(2) @ x, mask.sum(3) @ y], 2)
+    area = mask.sum((2, 3)).clamp_min(1e-6)
+    return mask, moment / area[..., None]
 
 
-def save_report(path, rows, captions, shown=4, frames=6):
-    """One picture: for each name in rows, videos (B, F, 3, height, width), `frames` frames of `shown` captions."""
-    evenly = lambda count, of: torch.linspace(0, of - 1, count).round().long()
-    picked = evenly(shown, len(captions))
-    cells = torch.stack([videos[picked][:, evenly(frames, videos.shape[1])] for videos in rows.values()])
-    cells = cells.permute(0, 4, 1, 2, 5, 3).flatten(3, 4)                   # (rows, height, shown, frames * width, 3)
-    cells = F.pad(cells, (0, 0, 0, 3, 0, 0, 0, 2), value=255).flatten(2, 3).flatten(0, 1).numpy()
-    grid = ImageOps.scale(Image.fromarray(cells), 3, Image.NEAREST)
-    left, top = 6 * max(len(line) for name in rows for line in name.split("\n")) + 12, 18
-    page = Image.new("RGB", (left + grid.width, top + grid.height), "white")
-    pen = ImageDraw.Draw(page)
-    for i, caption in enumerate(picked):
-        pen.text((left + i * grid.width // shown, 3), captions[caption], "black")
-    for i, name in enumerate(rows):
-        middle = top + (2 * i + 1) * grid.height // (2 * len(rows))
-        pen.text((4, middle - 6 * (1 + name.count("\n"))), name, "black")
-    page.paste(grid, (left, top))
-    write_safely(path, page.save)
+def agreement(centre):
+    """(B, F-2): motion in px per frame on which two neighbouring steps a, b of the centre agree,
+    min(|a|, |b|) max(0, cos(a, b)). Trembling, and a jump after standing still, count nothing."""
+    move = centre.diff(dim=1)
+    a, b = move[:, :-1], move[:, 1:]
+    longer = torch.maximum(a.norm(dim=2), b.norm(dim=2))
+    return (a * b).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
 
 
-def print_table(rows):
-    """rows: {label: {column: text}}, all with the same columns."""
-    table = [["", *next(iter(rows.values()))], *([label, *row.values()] for label, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for label, *cells in table:
-        print(label.ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(cells, widths[1:])))
+def motion_reward(frames):
+    """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
+    mask, centre = track(frames)
+    area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
+    steady = area.amin(2) / area.amax(2).clamp_min(1e-6)
+    return mean_each(agreement(centre) * steady ** 2)
+
+
+def motion_square(error):
+    """mean_square of error (B, F, C, h, w) and of its 2 x 2 averages, and 4 times that of the
+    changes of both from frame to frame. A quadratic loss has the same minimiser, the conditional
+    mean, in any fixed norm; this one asks first where things are and how they move."""
+    blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
+    parts = error, 2 * blocks
+    return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
+
+
+def shape_overlaps(mask, centre):
+    """(B, F, 3): intersection over union of each mask with a circle, a square and a triangle of its
+    own area and centre."""
+    dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
+    dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
+    area = mask.sum((2, 3), keepdim=True)
+    slope = 3 ** 0.5 / 2
+    circle = (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt()           # px inside the edge
+    square = area.sqrt() / 2 - torch.maximum(dx.abs(), dy.abs())
+    sides = torch.maximum(dy, slope * dx.abs() - dy / 2)
+    triangle = (area / slope / 6).sqrt() - sides
+    drawn = torch.stack([circle, square, triangle], 2)                       # (B, F, 3, ...)
+    drawn = (drawn + 0.5).clamp(0, 1)
+    mask = mask[:, :, None]
+    either = torch.maximum(drawn, mask).sum((3, 4)).clamp_min(1e-6)
+    return torch.minimum(drawn, mask).sum((3, 4)) / either
+
+
+def measure(frames, captions, chunk, first=None):
+    """Numbers about frames (B, F, 3, height, width) uint8 in chunks of L: means over the B clips.
+
+    shape   fraction of frames whose object is most like the captioned shape
+    agree   px per frame of motion on which neighbouring steps agree: see agreement
+    jitter  px by which neighbouring steps differ
+    inside  px per frame within a chunk;      seam   px from one chunk to the next
+    area    deviation of the object's area over its mean, in the course of a clip
+    copy    largest correlation of a frame with one of `first`, a chunk (None: its own first)
+    drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
+    """
+    mask, centre = track(frames)
+    area = mask.sum((2, 3))                                                  # (B, F)
+    named = [[shape in caption for shape in ("circle", "square", "triangle")]
+             for caption in captions]
+    overlaps = shape_overlaps(mask, centre)                                  # (B, F, 3)
+    quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
+    move = centre.diff(dim=1)
+    pace = move.norm(dim=2)
+    at_seam = torch.arange(1, frames.shape[1]) % chunk == 0
+    segment = max(chunk, frames.shape[1] // 30)
+    segments = quality.unfold(1, segment, segment).mean(2)
+    if first is None:
+        first = frames[:, :chunk]
+
+    def unit(x):                                                     # products are correlations
+        x = x.flatten(2).float()
+        return normalize(x - x.mean(2, keepdim=True), dim=2)
+    numbers = {
+        "shape": ((quality == overlaps.amax(2)) & (area > 0)).float(),
+        "agree": agreement(centre),
+        "jitter": move.diff(dim=1).norm(dim=2),
+        "inside": pace[:, ~at_seam],
+        "seam": pace[:, at_seam],
+        "area": area.std(1) / area.mean(1).clamp_min(1e-6),
+        "copy": (unit(frames) @ unit(first).mT).amax(2),
+        "drift": 100 * segments.std(1, correction=0),
+    }
+    return {name: round(number.mean().item(), 4) for name, number in numbers.items()}
+
+
+# ----------------------------------------------------------- Randomness, optimizers and checkpoint
+def set_seed(*what):
+    """All random numbers from here on depend on `what` alone: a resumed run draws the same."""
+    torch.manual_seed(zlib.crc32(repr(what).encode()))
+
+
+def make_optimizers(model, lr):
+    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p not in set(matrices)]
+    return [torch.optim.Muon(matrices, lr, weight_decay=0.01, eps=1e-30),
+            torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20)]
+
+
+def update(model, optimizers, max_norm, progress):
+    """One step down the gradients, clipped to max_norm; clears them and returns their norm. The
+    learning rate rises in the first twentieth of a stage, then falls to 0; progress in [0, 1]."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for optimizer in optimizers:
+        rate = min(1, 0.05 + 20 * progress) * (1 - progress)
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
+        optimizer.step()
+    model.zero_grad()
+    return norm.item()
+
+
+def write_safely(path, write):
+    """write(temporary path), then rename: a killed run leaves the old file or the new one."""
+    temporary = path.with_name("." + path.name)                      # Pillow goes by the suffix
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_safely(path, lambda p: p.write_text(text))
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                       # torch raises many kinds
+        raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): train (again) with "
+                       f"--toy --out {path.parent}, or delete the file")
+
+
+class Run:
+    """A training run in the folder out: its world, its stages so far, its checkpoint and log."""
+    def __init__(self, cfg, out, data):
+        self.cfg, self.out, self.world = cfg, out, ToyWorld(cfg, data)
+        config = {**asdict(cfg), "data": zlib.crc32(self.world.clips.cpu().numpy())}
+        self.state = {"config": config, "log": [], "stages": {}}     # stages: see Stage.end
+        if (out / "checkpoint.pt").exists():
+            self.state = load_checkpoint(out / "checkpoint.pt")
+            differ = config.items() - self.state["config"].items()
+            check(not differ, f"what is in {out} was not trained with {dict(differ)}: match it or "
+                  "choose another --out")
+
+    def model(self, stage=None):
+        """A VideoTransformer with the weights that a stage made, or fresh."""
+        torch.manual_seed(self.cfg.seed)
+        model = VideoTransformer(self.cfg)
+        if stage:
+            try:
+                model.load_state_dict(self.state["stages"][stage]["parts"][0])
+            except RuntimeError:
+                raise BadInput("the shipped teacher does not fit these flags: add --from-scratch")
+        return model
+
+    def draw_clips(self):
+        """Random cuts of random clips, as latents, and their text, some of it dropped."""
+        cfg, world = self.cfg, self.world
+        clips, frames = world.clips.shape[:2]
+        picked = torch.randint(clips, (cfg.batch,))
+        start = torch.randint(frames - cfg.clip + 1, (cfg.batch, 1))
+        cuts = world.clips[picked[:, None], start + torch.arange(cfg.clip)]
+        text = world.text([world.captions[i] for i in picked])
+        text[torch.rand(cfg.batch) < cfg.drop_caption] = 0
+        return world.encode(cuts), text
+
+    def draw_sigma(self):
+        """(B,) random noise levels. At 1 a noised sample would say nothing of the sample."""
+        u = torch.rand(self.cfg.batch)
+        return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
+
+    def draw_samples(self, student):
+        """The student's clips x (B, F, C, h, w), all stopped at one random step; the noisy frames
+        they were predicted from; that step's sigma (B, F); their text; the cache."""
+        cfg, text = self.cfg, self.world.text(self.world.prompts)
+        text = text[torch.randint(len(text), (cfg.batch,))]
+        steps = torch.randint(cfg.denoise_steps, ()) + 1
+        cache = EMASinkCache(cfg)
+        chunks = rollout(student, text, cfg, None, cfg.clip // cfg.chunk, steps, cache)
+        x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
+        sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
+        return x, noisy, sigma, text, cache
+
+
+class Stage:
+    """One stage of training, taken up where a killed run stopped.
+
+    parts are all that the stage changes: first the model that is its result, then other models,
+    then optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
+    ends with the same numbers, bit for bit on a CPU.
+    """
+    def __init__(self, run, name, steps, *parts):
+        self.run, self.name, self.steps, self.parts = run, name, steps, parts
+        saved = run.state["stages"].get(name, {"step": 0, "parts": []})
+        for part, state in zip(parts, saved["parts"]):
+            part.load_state_dict(state)
+        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
+
+    def end(self, step, **numbers):
+        """Log the numbers and save, both now and then. FloatingPointError if one is not finite."""
+        if not math.isfinite(sum(numbers.values())):
+            raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
+                                     "smaller learning rate in another --out")
+        state, last = self.run.state, step + 1 == self.steps
+        if last or step % 10 == 0:
+            self.bar.set_postfix(numbers)
+            state["log"].append({"stage": self.name, "step": step, **numbers})
+        if last or step % max(1, self.steps // 20) == 0:
+            parts = [part.state_dict() for part in self.parts]
+            state["stages"][self.name] = {"step": step + 1, "parts": parts}
+            write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
+            write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
+
+
+# ------------------------------------------------------------------------- Streaming and pictures
+def stream(student, vae, text, cfg, frames):
+    """Yield decoded frames (B, F, 3, height, width) uint8, chunk by chunk; text (B, T, text_dim).
+
+    vae=None yields latents. BadInput unless frames make whole chunks.
+    """
+    chunks = cfg.chunks_in(frames)
+    set_seed(cfg.seed, "stream")
+    past = {}
+    for x0, _ in rollout(student, text, cfg, None, chunks):
+        yield vae.decode(x0, past) if vae else x0
+
+
+def save_pictures(path, videos, scale, columns):
+    """Videos (B, F, 3, height, width) uint8 side by side, in rows, as GIF, WebP or PNG."""
+    columns = math.gcd(len(videos), columns)
+    grid = videos.unflatten(0, (-1, columns)).permute(2, 0, 4, 1, 5, 3)      # (F, rows, height,
+    grid = grid.flatten(3, 4).flatten(1, 2)                                  #  columns, width, 3)
+    first, *rest = [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
+                    for frame in grid.cpu().numpy()]
+    write_safely(path, lambda p: first.save(
+        p, save_all=True, append_images=rest, duration=60, loop=0))
+
+
+def stream_all(run, stage, frames, repeats=1):
+    """Every caption, streamed by the student of a stage: (video (B, F, ...), the captions)."""
+    captions = run.world.prompts * repeats
+    text = run.world.text(captions)
+    chunks = stream(run.model(stage), run.world, text, run.cfg, frames)
+    return torch.cat(list(chunks), 1), captions
 
 
 def report(run, frames):
-    """Stage 4: sample the captions four times from teacher and students, stream each of them, measure, draw."""
-    cfg, prompts, began = run.cfg, run.prompts[:12], time.time()            # the toy has twelve
-    captions, part = prompts * 4, min(60, frames)                           # part: frames at either end of the stream
-    text, noise = run.text(captions), run.noise(seeded(cfg.seed, "report"), len(captions), cfg.clip)
-    videos = {"teacher": run.codec.decode(teacher_trajectory(run.model("teacher"), noise, text, cfg)[:, -1])}
-    for name in ("ode", "student"):
-        g = seeded(cfg.seed, "renoise")                                     # chunks start from the teacher's noise
-        draws = (draw for start in noise.split(cfg.chunk, 1)
-                 for draw in (start, *(run.noise(g, len(captions), cfg.chunk) for _ in range(cfg.steps - 1))))
-        latents = rollout(run.model(name), text, cfg, draws.__next__, cfg.clip // cfg.chunk)
-        videos[name] = run.codec.decode(torch.cat(list(latents), 1))
-    streaming = time.time()
-    chunks = stream(run.model("student"), run.codec, run.text, cfg, prompts, frames, cfg.seed)
-    streamed = torch.cat(list(tqdm(chunks, "stream", cfg.chunks_in(frames))), 1)
-    streaming = time.time() - streaming
-
-    examples = [[clip for clip, caption in zip(run.clips, run.captions) if caption == prompt] for prompt in prompts]
-    data = torch.stack([clips[len(clips) // 2][:cfg.clip] for clips in examples])
-    whole = torch.stack([clip[:min(map(len, run.clips))] for clip in run.clips])
-    metrics = {"data": measure(whole, run.captions, cfg),
-               **{name: measure(video, captions, cfg) for name, video in videos.items()},
-               "stream": {**measure(streamed, prompts, cfg), "first": measure(streamed[:, :part], prompts, cfg),
-                          "last": measure(streamed[:, -part:], prompts, cfg, streamed[:, :cfg.chunk])},
-               "parameters": sum(p.numel() for p in run.model().parameters())}
-    loss = "DMD" if cfg.beta == math.inf else "Re-DMD" if cfg.tilt == "student" else "tilted critic"
-    rows = dict(zip(("data", "teacher", "student, ODE", f"student, {loss}"), metrics.values()))
-    save_report(run.out / "report.png", dict(zip(rows, [data, *videos.values()])), prompts)
-    for name, video in (("teacher", videos["teacher"]), ("student", videos["student"]), ("stream", streamed)):
-        save_gif(run.out / f"{name}.gif", video[:len(prompts)])
-    metrics["seconds"] = {**run.state["seconds"], "stream": streaming, "report": time.time() - began}
-    write_json(run.out / "metrics.json", metrics)
-    rows |= {f"stream, {end} {part}": metrics["stream"][end] for end in ("first", "last")}
-    print_table({label: {k: "-" if x is None else f"{x:.3f}" for k, x in row.items()} for label, row in rows.items()})
-    print(f"{len(prompts)} streams of {frames} frames in {streaming:.1f} s: {frames / streaming:.0f} frames per second "
-          f"of each. report.png, the GIFs and metrics.json are in {run.out}")
+    """Measure and draw data, teacher and students, and a long stream of every caption."""
+    cfg, world = run.cfg, run.world
+    captions = world.prompts * 4
+    set_seed(cfg.seed, "report")
+    noise = torch.randn(len(captions), cfg.clip, *cfg.latent)
+    path = teacher_trajectory(run.model("teacher"), noise, world.text(captions), cfg)
+    shown = {
+        "data": (world.clips, world.captions),
+        "teacher": (world.decode(path[:, -1]), captions),
+        "student, ODE": stream_all(run, "ode", cfg.clip, 4),         # these two from the same noise
+        "student": stream_all(run, "student", cfg.clip, 4),
+    }
+    rows = {name: measure(*pair, cfg.chunk) for name, pair in shown.items()}
+    video, captions = stream_all(run, "student", frames)
+    rows["stream, first 60"] = measure(video[:, :60], captions, cfg.chunk)
+    rows["stream, last 60"] = measure(video[:, -60:], captions, cfg.chunk, video[:, :cfg.chunk])
+    for label, row in rows.items():
+        print(f"{label:16}", row)
+    write_text(run.out / "metrics.json", json.dumps(rows, indent=1))
+    save_pictures(run.out / "stream.gif", video, 3, 4)
+    examples = torch.cat([video[:4, :12] for video, _ in shown.values()])    # a row for each
+    save_pictures(run.out / "report.png", examples, 3, 4)
 
 
-# -------------------------------------------------------------------------------------------------------- Ablation
-SINKS = {"none": {"sink": 0}, "static": {"alpha": 1.0}, "EMA": {}}
-LOSSES = {"DMD": {"tilt": "student", "beta": math.inf}, "Re-DMD": {"tilt": "student"}}
-VARIANTS = {f"{loss}, {sink}": LOSSES[loss] | SINKS[sink] for loss in LOSSES for sink in SINKS}
-VARIANTS["tilted critic, EMA"] = {"tilt": "critic"}
-ALPHAS, BETAS = (1.0, 0.999, 0.99, 0.9, 0.5), (math.inf, 1.0, 0.5, 0.2)
-SEEDS = range(40, 50)                                                       # the toy was tuned on smaller ones
-STUDENT_T = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # two-sided 95 %, by n - 1
-MARGINS = {"higher": lambda new, old: new - old, "lower": lambda new, old: old - new,           # above zero if it is so
-           "10 % higher": lambda new, old: new - 1.1 * old, "not 0.03 lower": lambda new, old: new - old + 0.03}
-CLAIMS = (("EMA", "static", "speed", "higher"), ("EMA", "static", "copy", "lower"),     # new, old, measure, margin
-          ("EMA", "none", "drift", "lower"), ("EMA", "none", "speed", "higher"),
-          ("Re-DMD", "DMD", "speed", "higher"), ("Re-DMD", "DMD", "speed", "10 % higher"),
-          ("Re-DMD", "DMD", "shape", "not 0.03 lower"),
-          ("tilted critic", "DMD", "speed", "higher"), ("tilted critic", "Re-DMD", "speed", "higher"))
-
-
-def interval(numbers):
-    """(mean, half of its 95 % confidence interval) over seeds, by Student's t."""
-    n = len(numbers)
-    return np.mean(numbers), STUDENT_T[n - 1] * np.std(numbers, ddof=1) / n ** 0.5 if n > 1 else math.inf
-
-
-def distil(of, name, cfg, frames):
-    """Train one student, in a worker process, and stream it; returns what ablation.json holds of it.
-
-    of: what makes the Run; name and cfg are the student's. That of the first seed also saves what the picture shows.
-    """
-    run, course = Run(*of), {}
-    run.cfg, run.save, run.state["partial"] = cfg, lambda: None, None       # the same teacher, for another student
-
-    def watched(student, cfg, frames, repeats):
-        captions = run.prompts * repeats
-        videos = torch.cat(list(stream(student, run.codec, run.text, cfg, captions, frames, cfg.seed)), 1)
-        return videos, {**measure(videos, captions, cfg), "reward": run.reward(videos, captions).mean().item()}
-
-    def watch(step, average):
-        if name.endswith("EMA") and (step + 1) % max(1, cfg.distill_steps // 4) == 0:
-            course[str(step + 1)] = watched(average, cfg, 4 * cfg.window // cfg.chunk * cfg.chunk, 1)[1]["speed"]
-    train_student(run, watch)
-    student = run.model("student")
-    videos, numbers = watched(student, cfg, frames, 2)
-    if cfg.seed == SEEDS[0]:
-        torch.save(videos[:len(run.prompts), torch.linspace(0, frames - 1, 12).long()], run.out / f"ablation/{name}.pt")
-        if name == "Re-DMD, EMA":
-            numbers["alphas"] = {str(alpha): watched(student, replace(cfg, alpha=alpha), frames, 1)[1]["speed"]
-                                 for alpha in ALPHAS}
-    return {"variant": name, "seed": cfg.seed, **numbers, "course": course}
-
-
-def start_worker():
-    """Take one thread, and end when the parent has ended, however it did: nobody waits for this student then."""
-    torch.set_num_threads(1)
-    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
+# ----------------------------------------------------------------------------------- Ablation
+ARMS = {                                     # what each arm changes in the toy's config
+    "Re-DMD": {},
+    "DMD": {"beta": math.inf},
+    "rewards shuffled": {"shuffle": True},
+    "tilted critic": {"tilt": True},
+    "static sink": {"alpha": 1.0},
+    "no sink": {"sink": 0},
+}
 
 
 def ablate(run, seeds, frames):
-    """Distil one ODE student with every loss and sink, over seeds, and other betas once; stream each with its sink.
+    """Train every arm once per seed, all from one teacher and ODE student, and stream it.
 
-    Writes ablation.json (every student; one that is there is not trained again), ablation.png and ablation_curves.png,
-    and in the folder ablation/ the frames that the picture shows. Up to 8 students at a time, one to a thread.
+    Prints means over seeds, and means of the differences from Re-DMD with the same seed, with
+    standard errors. What Re-DMD gains is its difference to "rewards shuffled": there the weights
+    are as uneven, but blind. ablation.json holds each student's numbers: one that is there is not
+    trained again, so a killed ablation goes on.
     """
-    cfg, path = run.cfg, run.out / "ablation.json"
-    (run.out / "ablation").mkdir(exist_ok=True)
-    betas = {beta: f"beta {beta:g}" for beta in BETAS} | {math.inf: "DMD, EMA", cfg.beta: "Re-DMD, EMA"}
-    variants = VARIANTS | {name: {"beta": beta, "tilt": "student"} for beta, name in betas.items()}
-    empty = {"config": run.state["config"], "frames": frames, "students": {}}
-    done = {}
-    with contextlib.suppress(ValueError):
-        done = json.loads(path.read_text()) if path.exists() else empty
-    require(isinstance(done, dict) and {**done, "students": {}} == empty,
-            f"{path} is damaged, or of another config or --frames: delete it or choose another --out")
-    jobs = {f"{name}, seed {seed}": (name, replace(cfg, seed=seed, **variants[name]))
-            for seed in SEEDS[:seeds] for name in (variants if seed == SEEDS[0] else VARIANTS)}
-    os.environ["TQDM_DISABLE"] = "1"                                        # no bars in the workers, which inherit it
-    with ProcessPoolExecutor(min(8, torch.get_num_threads()), get_context("spawn"), start_worker) as pool:
-        try:
-            futures = {pool.submit(distil, (cfg, run.out, run.data, run.device), *job, frames): key
-                       for key, job in jobs.items() if key not in done["students"]}
-            for future in tqdm(as_completed(futures), "ablation", len(jobs), initial=len(jobs) - len(futures)):
-                done["students"][futures[future]] = future.result()
-                write_json(path, done)
-        except BrokenExecutor:
-            raise BadInput("a worker was killed, perhaps for want of memory: the same command goes on from what is "
-                           "saved, and with OMP_NUM_THREADS=1 trains one student at a time")
-        except BaseException:                                               # Ctrl-C, say: do not wait for the others
-            for worker in active_children():
-                worker.terminate()
-            raise
-    summarise(run, {name: [done["students"][key] for key in jobs if jobs[key][0] == name] for name in variants}, betas)
+    path = run.out / "ablation.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    base = run.cfg
+    run.out = run.out / "ablation"           # the students' own checkpoint
+    run.out.mkdir(exist_ok=True)
+    for seed, arm in itertools.product(seeds, ARMS):
+        key = f"{arm}, seed {seed}"
+        if key not in done:
+            print(key)
+            run.cfg = replace(base, seed=seed, **ARMS[arm])
+            run.state["stages"].pop("student")
+            train_student(run)
+            video, captions = stream_all(run, "student", frames, 2)
+            done[key] = measure(video, captions, base.chunk, video[:, :base.chunk])
+            write_text(path, json.dumps(done, indent=1))
+
+    numbers = np.array([[list(done[f"{arm}, seed {seed}"].values()) for seed in seeds]
+                        for arm in ARMS])                            # (arms, seeds, measures)
+    for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[0])):
+        error = table.std(1, ddof=1) / len(seeds) ** 0.5
+        for arm, means, errors in zip(ARMS, table.mean(1), error):
+            row = {name: f"{mean:.3f} +- {one:.3f}"
+                   for name, mean, one in zip(done[key], means, errors)}
+            print(f"{arm + suffix:28}", row)
 
 
-def summarise(run, runs, betas):
-    """Print means with 95 % intervals, and for each claim whether that of its margin, paired (the same seed on both
-    sides), lies above zero; draw the pictures.
-
-    runs: {variant: [what ablation.json holds of a student, by seed]}; betas: {beta: its variant}.
-    """
-    names = [name for name in ("speed", "reward", "copy", "drift", "colour", "shape")
-             if runs["DMD, EMA"][0][name] is not None]
-    texts = {variant: {name: "{:.3f} +- {:.3f}".format(*interval([student[name] for student in runs[variant]]))
-                       for name in names} for variant in VARIANTS}
-    print(f"{run.cfg.distill_steps} student steps, {len(runs['DMD, EMA'])} seeds: mean and 95 % interval")
-    print_table(texts)
-    for new, old, name, how in (claim for claim in CLAIMS if claim[2] in names):
-        # a sink is compared under both losses, one number a seed; a loss with the EMA sink
-        pairs = [(f"{x}, {new}", f"{x}, {old}") for x in LOSSES] if new in SINKS else [(f"{new}, EMA", f"{old}, EMA")]
-        mean, half = interval(np.mean([[MARGINS[how](x[name], y[name]) for x, y in zip(runs[a], runs[b])]
-                                       for a, b in pairs], 0))
-        claim = f"{new} against {old}: {name} is {how}"
-        print(f"{claim:48} {mean:+.3f} +- {half:.3f}  {'shown' if mean > half else 'not shown'}")
-
-    rows = {"\n".join([variant, *(f"{name} {texts[variant][name]}" for name in names[:4])]):
-            torch.load(run.out / f"ablation/{variant}.pt", weights_only=True) for variant in VARIANTS}
-    save_report(run.out / "ablation.png", rows, run.prompts, shown=2, frames=12)
-    save_curves(run.out / "ablation_curves.png", {
-        "speed against alpha, one seed": {"": {x: [speed] for x, speed in runs["Re-DMD, EMA"][0]["alphas"].items()}},
-        "speed against beta, one seed": {
-            "": {f"{beta:g}": [runs[betas[beta]][0]["speed"]] for beta in sorted(betas, reverse=True)}},
-        "speed against step": {
-            variant: {step: [student["course"][step] for student in students] for step in students[0]["course"]}
-            for variant, students in runs.items() if students[0]["course"]}})
-
-
-def save_curves(path, panels, width=330, height=220):
-    """One picture of small plots: means and 95 % intervals; one without bound, of a single number, is not drawn.
-    panels: {title: {curve: {x label: numbers}}}, x in order."""
-    page = Image.new("RGB", (width * len(panels), height), "white")
-    pen = ImageDraw.Draw(page)
-    for left, (title, curves) in zip(range(40, page.width, width), panels.items()):
-        pen.text((left, 4), title, "black")
-        bars = [np.nan_to_num([interval(numbers) for numbers in curve.values()], posinf=0) for curve in curves.values()]
-        ends = [mean + side * half for mean, half in np.concatenate(bars) for side in (-1, 1)]
-        low, scale = min(ends) - 0.02, (height - 70) / (max(ends) - min(ends) + 0.04)
-        for top, colour, name, bar in zip((16, 26, 36), ("black", "firebrick", "royalblue"), curves, bars):
-            line = [(left + 10 + j * (width - 90) // max(1, len(bar) - 1), height - 40 - (mean - low) * scale)
-                    for j, (mean, _) in enumerate(bar)]
-            pen.line(line, colour, 2)
-            pen.text((left, top), name, colour)
-            for (x, y), label, (mean, half) in zip(line, curves[name], bar):
-                pen.line([(x, y - half * scale), (x, y + half * scale)], colour)
-                pen.text((x - 8, height - 30), label, "black")
-                pen.text((x + 3, y - 12), f"{mean:.2f}", colour)
-    write_safely(path, page.save)
-
-
-# ------------------------------------------------------------------------------------------------------- Full size
+# ----------------------------------------------------------------------------------- Full size
 def load_weights(model, path):
-    """Give a model built on the meta device the weights in path, mapped from the file rather than copied.
+    """Give a model, built on the meta device, the weights in path, mapped and not copied.
 
-    path: a trainer's checkpoint (.pt: generator_ema, else generator, "model." before every name), or a Wan2.1 folder
-    of safetensors, one file or shards. BadInput that names a missing, extra or misshapen tensor.
+    path: the released or a trained .pt (a bare dict of names, or one with generator_ema or
+    generator), a .safetensors file, or Wan2.1's folder of them. "model." and FSDP's wrapper in
+    the names are taken off. BadInput names a missing, extra or misshapen tensor.
     """
+    state = {}
     try:
-        if path.is_dir():
-            from safetensors.torch import load_file
-            state = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            state = state["generator_ema" if "generator_ema" in state else "generator"]
-            state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        model.load_state_dict(state, assign=True)
-    except Exception as error:                                              # each format raises its own kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise BadInput(f"--weights {path} cannot be read or do not fit ({reason}): give this model's, a trainer's .pt "
-                       "or a folder of safetensors (pip install safetensors)")
+        for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                state.update(load_file(file))
+            else:
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        state = state.get("generator_ema", state.get("generator", state))
+        names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in state]
+        model.load_state_dict(dict(zip(names, state.values())), assign=True)
+    except Exception as error:                                       # each format raises its own
+        raise BadInput(f"--weights {path} cannot be used ({repr(error)[:500]}): give this model's "
+                       ".pt, .safetensors or folder (pip install safetensors)")
 
 
 @torch.no_grad()
-def wan_text(captions, folder, cfg, device, dtype):
-    """Captions to (B, text_len, text_dim), zero where there is no token. UMT5-XXL, from the Diffusers folder of Wan2.1,
-    is loaded, used and freed in this one call."""
+def wan_text(prompt, folder, cfg, dtype):
+    """(1, text_len, text_dim) by UMT5-XXL, zero after the last token. The encoder is loaded, used
+    and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device).eval()
-    tokens = tokenizer([" ".join(caption.split()) for caption in captions], return_tensors="pt", truncation=True,
-                       padding="max_length", max_length=cfg.text_len).to(device)
-    features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return features * tokens.attention_mask[..., None]
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
+    check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
+          "embedding: download it again, or try another release of transformers")
+    encoder.to(torch.get_default_device())
+    tokens = tokenizer([prompt], return_tensors="pt", truncation=True,
+                       padding="max_length", max_length=cfg.text_len).to(encoder.device)
+    encoded = encoder.eval()(tokens.input_ids, tokens.attention_mask)
+    return encoded.last_hidden_state * tokens.attention_mask[..., None]
 
 
-class WanCodec:
-    """Wan2.1's VAE, from its Diffusers folder; without a folder with random weights, which are as fast."""
-    def __init__(self, folder, device, dtype):
-        from diffusers import AutoencoderKLWan as Wan
-        vae = Wan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if folder else Wan().to(dtype)
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(numbers, device=device).view(-1, 1, 1)
-                               for numbers in (vae.config.latents_mean, vae.config.latents_std))
+class WanVAE:
+    """Wan2.1's VAE from its Diffusers folder."""
+    def __init__(self, folder, dtype):
+        from diffusers import AutoencoderKLWan
+        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        vae.to(torch.get_default_device(), dtype).requires_grad_(False)
+        self.vae = vae.eval()
+        self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
+        self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
 
-    def decode(self, latents, memory):
-        """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at the start of a stream.
+    def decode(self, latents, past):
+        """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at a stream's start.
 
-        The VAE is causal and decodes one latent frame at a time; memory carries its convolutions' past from call to
-        call, so that decoding chunk by chunk equals decoding the whole.
+        The VAE is causal and decodes one latent frame at a time. past carries its convolutions'
+        memory from call to call, so decoding by chunks equals decoding the whole.
         """
-        z = self.vae.post_quant_conv((latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype))
+        z = (latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype)
         pixels = []
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):    # one head, too wide for the others
-            for frame in z.split(1, 2):
-                if first := not memory:
-                    self.vae.clear_cache()
-                    memory["past"] = self.vae._feat_map
-                pixels.append(self.vae.decoder(frame, feat_cache=memory["past"], feat_idx=[0], first_chunk=first))
+        for frame in self.vae.post_quant_conv(z).split(1, 2):
+            first = not past
+            if first:
+                self.vae.clear_cache()
+                past["features"] = self.vae._feat_map
+            pixels.append(self.vae.decoder(frame, feat_cache=past["features"], feat_idx=[0],
+                                           first_chunk=first))
         return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
 
 
-def seconds_of(work, times):
-    """(times,) the seconds of each call of work(), until a GPU has finished what it was given."""
-    clock = [time.perf_counter()]
-    for _ in range(times):
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        clock.append(time.perf_counter())
-    return np.diff(clock)
+# ------------------------------------------------------------------------------- Command line
+@dataclass
+class Options:
+    """What to do and with which files. Every field is a flag, as those of Config are."""
+    toy: bool = False               # train what --out lacks, stream, write the report
+    ablate: bool = False            # with --toy: both ideas against their controls
+    stream: bool = False            # stream --prompt with the student in --out, or with --full
+    full: bool = False              # with --stream or --bench: the 1.3B model
+    bench: bool = False             # with --full: measure speed; random weights if none are given
+    compile: bool = False           # compile the blocks: slow to start, then faster
+    prompt: str = ""
+    frames: int = 0                 # video frames to stream; 0: 240 in the toy, 81 at full size
+    seeds: int = 3                  # of --ablate
+    weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
+    wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
+    out: Path = Path("out")         # folder of all that is written
+    data: Path = Path(__file__).parent / "tiny_data/world.npz"
+    from_scratch: bool = False      # with --toy: train a small teacher too
 
 
-def fastest_attention(cfg, device, dtype):
-    """Of the attentions that plain PyTorch offers here the fastest on one layer's pass in a full window."""
-    q, k, text = (torch.randn(1, cfg.heads, tokens, cfg.head_dim, device=device, dtype=dtype)
-                  for tokens in (cfg.chunk * cfg.tokens, cfg.window * cfg.tokens, cfg.text_len))
-    both = lambda: [F.scaled_dot_product_attention(q, kv, kv) for kv in (k, text)]
-    seconds = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):       # raised where a backend is not offered
-            seconds[backend] = np.median(seconds_of(both, 5))
-    return min(seconds, key=seconds.get, default=SDPBackend.MATH)           # slow and large: only where nothing else is
+class BadInput(Exception):
+    """What the user gave cannot work. The message is one sentence that says how to mend it."""
 
 
-def pass_flops(cfg):
-    """Floating point operations of one pass in a full window, counted by PyTorch on shapes alone."""
-    with torch.device("meta"), torch.no_grad():
-        student, cache = VideoTransformer(cfg), EMASinkCache(cfg, 1, "meta")
-        cache.length = (cfg.window - cfg.chunk) * cfg.tokens
-        prompt = student.embed_text(torch.zeros(1, cfg.text_len, cfg.text_dim))     # once per stream, so not counted
-        with FlopCounterMode(display=False) as counter:
-            student(torch.zeros(1, cfg.chunk, *cfg.latent), torch.zeros(1), prompt, cache)
-    return counter.get_total_flops()
+def check(fine, message):
+    if not fine:
+        raise BadInput(message)
 
 
-# ------------------------------------------------------------------------------------------------------------ Main
+def check_config(cfg):
+    """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
+    so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
+    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "seed"
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is not bool:
+            fits = value > 0 or value == 0 and f.name in may_be_zero
+            check(fits and (value < 2 ** 63 or f.name == "beta"),
+                  f"{f.name}={value} must be a finite number above 0; 0 only where that means "
+                  "none, and beta may be inf: plain DMD")
+    check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
+          "alpha, drop_caption and weight_ema must be at most 1")
+    check_multiple("clip", cfg.clip, cfg.chunk)
+    check_multiple("sample_steps", cfg.sample_steps, cfg.denoise_steps)
+    check_multiple("freq_dim", cfg.freq_dim, 2)                      # a cosine and a sine
+    check(cfg.dim % (2 * cfg.heads) == 0 and cfg.head_dim >= 6, f"heads={cfg.heads} must "
+          f"split dim={cfg.dim} into even parts of 6 or more: 3-D RoPE turns pairs of channels")
+    check(cfg.window >= cfg.sink + cfg.chunk, f"window={cfg.window} cannot hold sink="
+          f"{cfg.sink} and chunk={cfg.chunk}: try --window {cfg.sink + 2 * cfg.chunk}")
+
+
+def check_multiple(name, value, unit, missing=0):
+    """BadInput unless value is a multiple of unit, `missing` short of it."""
+    below = max(unit, (value + missing) // unit * unit) - missing
+    check(value > 0 and (value + missing) % unit == 0,
+          f"{name}={value} does not fit, it goes in steps of {unit}: try {below} or {below + unit}")
+
+
+PRESETS = {
+    "toy": Config(),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000),
+    "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
+        dim=1536, ffn_dim=8960, heads=12, layers=30,
+        freq_dim=256, rope_base=10000.0,
+        text_dim=4096, text_len=512,         # UMT5-XXL
+        height=480, width=832,
+        stride=8, time_stride=4,             # of Wan2.1's VAE
+        window=9, alpha=0.99, sigma_shift=5.0,
+        clip=21, guidance=3.0, beta=0.5),
+}
+
+
 def parse(argv):
-    """(arguments, {config field: value given}); ArgumentError for a bad value, BadInput for an unknown flag."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--toy", action="store_true", help="train what --out lacks, stream, write the report")
-    parser.add_argument("--stream", action="store_true", help="stream --prompt from the checkpoint in --out")
-    parser.add_argument("--ablate", action="store_true", help="with --toy: every loss and sink over --seeds, compared")
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(SEEDS) + 1), help="seeds of --ablate")
-    parser.add_argument("--bench", action="store_true", help="measure speed on random weights; writes bench.json")
-    parser.add_argument("--preset", choices=PRESETS, default="toy", help="of --stream and --bench; full is the 1.3B")
-    parser.add_argument("--full", dest="preset", action="store_const", const="full", help="the same as --preset full")
-    parser.add_argument("--weights", type=Path, help="with --full: a trainer's .pt, or a Wan2.1 folder of safetensors")
-    parser.add_argument("--wan", type=Path, help="with --full: Diffusers folder of Wan2.1-T2V-1.3B (text encoder, VAE)")
-    parser.add_argument("--compile", action="store_true", help="compile the student: slow to start, faster to run")
-    parser.add_argument("--prompt", help="what to stream")
-    parser.add_argument("--frames", type=int, help="video frames to stream [toy: 240, full: 81]")
-    parser.add_argument("--out", type=Path, default="out", help="folder of the checkpoint and of all that is written")
-    parser.add_argument("--data", default=Path(__file__).parent / "tiny_data", help="folder of clips and captions.json")
-    helps = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=argparse.SUPPRESS,
-                            help=f"{helps[f.name]} [toy: {f.default}]")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        raise BadInput(f"there is no {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
-    args.frames = {"toy": 240, "full": 81}[args.preset] if args.frames is None else args.frames
-    return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
-
-
-def open_student(args, given, device, dtype):
-    """(student, codec, text, cfg, attention to use); whatever text is asked, it answers args.prompt's features.
-
-    --stream takes the toy of args.out, whose alpha, sink, window and seed may differ from training, or the full size of
-    args.weights and args.wan; --bench needs no trained weights and encodes no text.
-    """
-    if args.stream and args.preset == "toy":
-        path = args.out / "checkpoint.pt"
-        state = load_checkpoint(path, given, free=("alpha", "sink", "window", "seed"))
-        require(state and "student" in state["models"],
-                f"{path} holds no trained student yet: run it with --toy --out {args.out} first")
-        cfg = Config(**{f.name: state["config"][f.name] for f in fields(Config)} | given)
-        features = WordText(cfg, state["words"])([args.prompt])
-        student, codec = VideoTransformer(cfg), PatchCodec(cfg, state["codec"])
-        student.load_state_dict(state["models"]["student"])
-    else:
-        cfg = replace(PRESETS[args.preset], **given)
-        if args.stream:
-            cfg.chunks_in(args.frames)                                      # refused before anything is loaded
-            require(args.weights and args.wan,
-                    "--full --stream needs --weights and --wan (see --help); --full --bench needs neither")
-        with torch.device("meta" if args.weights else "cpu"):               # without, random ones, which are as fast
-            student = VideoTransformer(cfg).to(dtype)
-        if args.weights:
-            load_weights(student, args.weights)
-        codec = (PatchCodec.fit(cfg, load_clips(args.data, cfg)[0]) if args.preset == "toy" else
-                 WanCodec(args.wan, device, dtype) if args.wan or importlib.util.find_spec("diffusers") else None)
-        features = (wan_text([args.prompt], args.wan, cfg, device, dtype) if args.stream
-                    else torch.zeros(1, cfg.text_len, cfg.text_dim))
-    student.to(device, dtype)
-    if args.compile:
-        student.compile(fullgraph=True, dynamic=False)                      # a full window has one shape, so one graph
-    backend = fastest_attention(cfg, device, dtype)
-    print(f"attention {backend.name}{', compiled' if args.compile else ''}")
-    return student, codec, lambda captions: features, cfg, backend
-
-
-def stream_command(args, given, device, dtype):
-    """Stream args.prompt: the toy from the checkpoint in args.out, the full size from args.weights and args.wan."""
-    require(args.prompt, '--stream needs a --prompt, for example --prompt "a red circle"')
-    student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-    chunks = stream(student, codec, text, cfg, [args.prompt], args.frames, cfg.seed)
-    began, seconds = time.time(), []
-
-    def clocked():
-        for frames in map(torch.Tensor.cpu, tqdm(chunks, "stream", cfg.chunks_in(args.frames), unit="chunk")):
-            seconds.append(time.time() - began)                             # .cpu() has waited for a GPU
-            yield frames
-    path = args.out / f"stream.{'gif' if args.preset == 'toy' else 'mp4' if shutil.which('ffmpeg') else 'webp'}"
-    with sdpa_kernel(backend):
-        if path.suffix == ".mp4":
-            save_mp4(path, clocked(), cfg.width, cfg.height)
+    """(Options, {Config field: value given})."""
+    def refuse(message):
+        raise BadInput(f"{message}: see --help")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    for f in fields(Options) + fields(Config):
+        name = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(name, action="store_true")
         else:
-            save_gif(path, torch.cat(list(clocked()), 1), scale=max(1, 192 // cfg.width))
-    print(f"{args.frames} frames in {seconds[-1]:.2f} s: {args.frames / seconds[-1]:.0f} frames per second, the first "
-          f"after {seconds[0]:.2f} s. They are in {path}")
+            parser.add_argument(name, type=f.type, help=f"[{f.default}]")
+    given = vars(parser.parse_args(argv))
+    options = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
+    return Options(**options), given
 
 
-def bench(args, given, device, dtype, chunks=20):
-    """Time streams with and without decoding; print and write bench.json. Text is not encoded."""
-    student, codec, text, cfg, backend = open_student(args, given, device, dtype)
-    fill = math.ceil(cfg.window / cfg.chunk)                                # chunks until every one updates the sink
-    timed = lambda chunks, codec: seconds_of(stream(student, codec, text, cfg, [""]).__next__, chunks)
-    with sdpa_kernel(backend):
-        cold, warm, bare = timed(fill + 1, codec), timed(fill + chunks, codec), timed(fill + chunks, None)[fill:]
-    n = 8192 if device == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    roof = 2e-12 * n ** 3 / np.median(seconds_of(lambda: a @ a, 20))
-    tflop, frames, seconds = pass_flops(cfg) / 1e12, cfg.chunk * cfg.time_stride, np.median(bare)
-    pace = (cfg.steps + 1) * tflop / seconds
-    if device == "cuda":
-        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+def open_toy(args, given):
+    """(student, vae, text, cfg) of the checkpoint in --out."""
+    check(set(given) <= {"alpha", "sink", "window", "seed"},
+          "of the config only --alpha, --sink, --window and --seed may differ from training")
+    state = load_checkpoint(args.out / "checkpoint.pt")
+    check("student" in state["stages"], f"{args.out} holds no student yet: let --toy finish")
+    state["config"].pop("data")
+    cfg = Config(**{**state["config"], **given})
+    student = VideoTransformer(cfg)
+    student.load_state_dict(state["stages"]["student"]["parts"][0])
+    world = ToyWorld(cfg, args.data)
+    return student, world, world.text([args.prompt]), cfg
+
+
+def open_full(args, given, dtype):
+    """(student, vae, text, cfg) of the full size; --bench alone needs no files: no VAE, no text."""
+    cfg = replace(PRESETS["full"], **given)
+    cfg.chunks_in(args.frames)                                       # refused before loading
+    check(args.bench or args.weights and args.wan and args.wan.is_dir(),
+          "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
+    vae, text = None, torch.zeros(1, cfg.text_len, cfg.text_dim)
+    if args.wan:
+        vae = WanVAE(args.wan, dtype)
+        text = wan_text(args.prompt, args.wan, cfg, dtype)
+    device = torch.get_default_device()
+    with torch.device("meta" if args.weights else device):
+        student = VideoTransformer(cfg).to(dtype)
+    if args.weights:
+        load_weights(student, args.weights)
+    return student.to(device, dtype), vae, text, cfg
+
+
+def stream_command(args, given, dtype):
+    """Stream --prompt into a file and say how fast. With --bench only latents, and no file."""
+    check(args.prompt or args.bench, '--stream needs a prompt: try --prompt "a red circle"')
+    if args.full:
+        student, vae, text, cfg = open_full(args, given, dtype)
     else:
-        name, peak = "cpu", None
-        with contextlib.suppress(ImportError):                              # Windows has none
-            import resource
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(write_json(args.out / "bench.json", {
-        "preset": args.preset, "attention": backend.name, "compiled": args.compile, "device": name,
-        "threads": torch.get_num_threads(), "dtype": str(dtype), "torch": torch.__version__,
-        "fps_transformer": frames / seconds, "fps_decoded": frames / np.median(warm[fill:]) if codec else None,
-        "decoder": type(codec).__name__ if codec else "none: pip install diffusers",
-        "first_chunk_seconds": warm[0], "chunk_seconds_median": seconds,
-        "chunk_seconds_quartiles": np.quantile(bare, [0.25, 0.75]).tolist(), "chunks": chunks,
-        "compile_and_warm_up_seconds": (cold - warm[:fill + 1]).sum(), "peak_memory_gb": peak and peak / 1e9,
-        "tflop_per_pass": tflop, "tflop_per_second": pace, "matmul_tflop_per_second": roof,
-        "fraction_of_matmul_rate": pace / roof}), end="")
+        student, vae, text, cfg = open_toy(args, given)
+    if args.compile:                         # a graph for each length of the context
+        torch._dynamo.config.recompile_limit = 8 + cfg.window
+        for block in student.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    chunks = cfg.chunks_in(args.frames)
+    frames, clock = [], [time.perf_counter()]
+    for chunk in tqdm(stream(student, vae, text, cfg, args.frames), "stream", chunks, unit="chunk"):
+        frames.append(chunk.cpu())                                   # waits for a GPU
+        clock.append(time.perf_counter())
+    seconds = np.diff(clock)
+    fps = cfg.chunk * cfg.time_stride / np.median(seconds[chunks // 2:])
+    path = args.out / ("stream.webp" if args.full else "stream.gif")
+    print(f"{path if vae else 'not decoded'}: first chunk {seconds[0]:.2f} s, then {fps:.1f} "
+          f"frames per second, the median of the second half of {chunks} chunks")
+    if vae:
+        save_pictures(path, torch.cat(frames, 1), 192 // cfg.width or 1, 1)
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, 1 if training failed, 2 for bad input, 130 if interrupted."""
+    """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
         args, given = parse(argv)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if args.preset == "full" and device == "cuda" else torch.float32
-        print(f"device {device} ({torch.get_num_threads()} threads), {dtype}, torch {torch.__version__}; config: the "
-              f"{args.preset} preset" + "".join(f", {k}={v}" for k, v in given.items()))
-        make_writable(args.out)
-        if args.stream:
-            stream_command(args, given, device, dtype)
-        elif args.bench:
-            bench(args, given, device, dtype)
-        elif args.toy and args.preset == "toy":
-            cfg = replace(PRESETS["toy"], **given)
-            cfg.chunks_in(args.frames)
-            require(not args.ablate or (cfg.beta < math.inf and cfg.sink and cfg.alpha < 1),
-                    "--ablate wants a finite --beta, a --sink and an --alpha below 1: try 0.2, 3 and 0.9")
-            run = Run(cfg, args.out, args.data, device)
-            for stage, train in {"teacher": train_teacher, "ode": train_ode, "student": train_student}.items():
-                if stage not in run.state["models"] and not (args.ablate and stage == "student"):   # it trains its own
-                    train(run)
-            ablate(run, args.seeds, args.frames) if args.ablate else report(run, args.frames)
+        args.frames = args.frames or (81 if args.full else 240)
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.set_default_device("cuda")
+        dtype = torch.bfloat16 if cuda and args.full else torch.float32
+        print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.stream or args.bench:
+            stream_command(args, given, dtype)
+            return 0
+        check(args.toy and not args.full, "say what to do: --toy or --stream; --full goes with "
+              "--stream or --bench")
+        cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
+        cfg.chunks_in(args.frames)
+        run = Run(cfg, args.out, args.data)
+        if not args.from_scratch:
+            run.state["stages"]["teacher"] = load_checkpoint(args.data.with_name("teacher.pt"))
+        train_teacher(run)
+        train_ode(run)
+        train_student(run)
+        if args.ablate:
+            ablate(run, range(100, 100 + args.seeds), args.frames)   # seeds that tuned nothing
         else:
-            raise BadInput("say what to do: --toy trains and shows everything (--toy --ablate compares), --stream "
-                           "streams from a checkpoint, --bench measures speed; --full goes with --stream or --bench")
+            report(run, args.frames)
         return 0
-    except (BadInput, argparse.ArgumentError, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped; with --toy the same command goes on from what is saved"
+    except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt) as error:
+        reason = str(error) or "stopped; the same command with --toy goes on from what is saved"
         if isinstance(error, ImportError):
-            reason += ": the full size needs pip install diffusers transformers safetensors"
+            reason += ": pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
