@@ -87,15 +87,15 @@ class Config:
     teacher_lr: float = 0.08        # of Muon; AdamW, for what is no matrix, takes a tenth of it
     drop_caption: float = 0.1       # how often the teacher sees no caption: guidance needs it
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
-    guidance: float = 2.0           # x0 = cond + guidance (cond - uncond); others add 1 to it
+    guidance: float = 1.0           # x0 = cond + guidance (cond - uncond); others add 1 to it
     ode_clips: int = 16             # teacher trajectories per caption, for the student to regress
-    ode_steps: int = 120
+    ode_steps: int = 240
     ode_lr: float = 0.02
-    distill_steps: int = 60         # student updates of Re-DMD
+    distill_steps: int = 30         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
-    student_lr: float = 0.006
+    student_lr: float = 0.003
     critic_lr: float = 0.01
-    beta: float = 0.2               # weight = exp(reward / beta); inf is plain DMD
+    beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     tilt: bool = False              # weight the critic's loss instead of the student's
     shuffle: bool = False           # weight each sample by the reward of another: the control
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
@@ -465,10 +465,10 @@ def dmd_gradient(x, x0_real, x0_fake):
     return (x0_fake - x0_real) / broadcast(normaliser, x)
 
 
-def regression_loss(x0, target, weight=1.0, norm=mean_square):
-    """1/2 mean of weight |x0 - target|^2, weight (B,). With target = stopgrad(x0 - g) this is the
+def regression_loss(x0, target, weight=1.0):
+    """1/2 mean of weight (x0 - target)^2, weight (B,). With target = stopgrad(x0 - g) this is the
     loss of Re-DMD: its slope in x0 is weight g / numel."""
-    return (weight * norm(x0 - target)).mean() / 2
+    return (weight * mean_square(x0 - target)).mean() / 2
 
 
 class RewardWeight(nn.Module):
@@ -528,8 +528,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack([*path[::stride], x], 1)
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0,
-            norm=mean_square):
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
@@ -542,7 +541,7 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0,
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
-        loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
+        loss = regression_loss(x0, target[:, now], weight) * cfg.chunk / clean.shape[1]
         loss.backward()
         total += loss.item()
         remember(student, clean[:, now], text_kv, cache)
@@ -574,7 +573,7 @@ def train_ode(run):
         noisy = paths[picked[:, None], level, torch.arange(cfg.clip)]        # (B, F, C, h, w)
         clean = paths[picked, -1]
         sigma = cfg.sigmas[level]
-        loss = regress(student, text[picked], cfg, noisy, sigma, clean, clean, norm=motion_square)
+        loss = regress(student, text[picked], cfg, noisy, sigma, clean, target=clean)
         grad_norm = update(student, optimizers, 1.0, step / cfg.ode_steps)
         stage.end(step, loss=loss, grad_norm=grad_norm)
 
