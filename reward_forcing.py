@@ -1272,6 +1272,7 @@ def main(argv=None):
         run = Run(cfg, args.out, args.data)
         if not args.from_scratch:
             run.state["stages"]["teacher"] = load_checkpoint(args.data.with_name("teacher.pt"))
+            run.model("teacher")                                     # refused if it does not fit
         train_teacher(run)
         train_ode(run)
         train_student(run)

@@ -980,6 +980,11 @@ def test_bad_input_is_refused_in_one_line(trained, line, capsys, monkeypatch, tm
     assert (trained / "checkpoint.pt").read_bytes() == whole
 
 
+def test_shipped_teacher_is_refused_where_it_does_not_fit(tmp_path, capsys):
+    assert main(f"--toy --layers 2 --out {tmp_path}") == 2
+    assert "add --from-scratch" in capsys.readouterr().err
+
+
 def test_compiled_stream_has_one_graph_for_each_length_of_context_and_equals_eager(trained, spy,
                                                                                    monkeypatch):
     graphs, videos, compile = [], spy(rf, "save_pictures"), torch.nn.Module.compile
