@@ -673,6 +673,7 @@ class ToyWorld:
               f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
               f"do not fit {[*cfg.latent]}, --clip {cfg.clip} and --text-dim {cfg.text_dim}: "
               "change the flags or make another by tiny_data/make.py")
+        self.text(self.prompts)                                      # is one too long? refused now
 
     def text(self, captions):
         """The toy's text encoder: captions to (B, text_len, text_dim).
