@@ -350,7 +350,7 @@ class EMASinkCache:
         sink <- alpha sink + (1 - alpha) leaving        for keys and for values   (EMA-Sink)
 
     The sink starts as the first S frames; frame f goes to slot f mod S, so that each slot is
-    fed by every S-th frame, as if chunk were folded into chunk. alpha = 1 is a static sink.
+    fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
     out, so positions never grow and a stream never ends. Nothing here carries gradient.
@@ -591,7 +591,7 @@ def train_student(run):
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
-    Where critic = teacher, g is 0 whatever the weight: a student that can express the teacher's
+    Where critic = guided teacher, g is 0 whatever the weight: a student that can express the teacher's
     distribution ends there, as under DMD; the weight says what is mended first. One that cannot,
     or that is given no time to, ends where the weights have pulled it.
     """
@@ -1228,7 +1228,7 @@ def open_full(args, given, dtype):
 
 
 def stream_command(args, given, dtype):
-    """Stream --prompt into a file and say how fast. With --bench only latents, and no file."""
+    """Stream --prompt into a file and say how fast. With --bench and no --wan: latents, no file."""
     check(args.prompt or args.bench, '--stream needs a prompt: try --prompt "a red circle"')
     if args.full:
         student, vae, text, cfg = open_full(args, given, dtype)
