@@ -591,7 +591,7 @@ def train_student(run):
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
-    Where critic = guided teacher, g is 0 whatever the weight: a student that can express the teacher's
+    Where critic = guided teacher, g is 0 whatever the weight: a student that can express that
     distribution ends there, as under DMD; the weight says what is mended first. One that cannot,
     or that is given no time to, ends where the weights have pulled it.
     """
