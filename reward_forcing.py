@@ -412,9 +412,10 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None):
     for chunk in itertools.count() if chunks is None else range(chunks):
         xt = draw(chunk, 0)                                          # pure noise: sigma = 1
         for step, sigma in enumerate(cfg.sigmas[:steps]):
+            sigma = sigma.expand(len(text))
             if step > 0:
-                xt = add_noise(x0, draw(chunk, step), sigma.expand(len(xt)))
-            x0 = predict_x0(student, xt, sigma.expand(len(xt)), text_kv, cache)
+                xt = add_noise(x0, draw(chunk, step), sigma)
+            x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
         if chunk + 1 != chunks:
             remember(student, x0, text_kv, cache)
@@ -557,14 +558,16 @@ def train_ode(run):
     """
     cfg = run.cfg
     text = run.world.text(run.world.prompts * cfg.ode_clips)
+    student = run.model("teacher")
+    optimizers = make_optimizers(student, cfg.ode_lr)
+    stage = Stage(run, "ode", cfg.ode_steps, student, *optimizers)
+    if not len(stage.bar):                                           # done: no trajectories
+        return
     teacher, paths = run.model("teacher"), []
     for some in text.split(cfg.batch):                               # all at once: much memory
         noise = torch.randn(len(some), cfg.clip, *cfg.latent)
         paths.append(teacher_trajectory(teacher, noise, some, cfg))
     paths = torch.cat(paths)                                         # (clips, steps + 1, F, ...)
-    student = run.model("teacher")
-    optimizers = make_optimizers(student, cfg.ode_lr)
-    stage = Stage(run, "ode", cfg.ode_steps, student, *optimizers)
     for step in stage.bar:
         set_seed(cfg.seed, "ode", step)
         picked = torch.randint(len(text), (cfg.batch,))
@@ -887,8 +890,7 @@ class Run:
 
     def draw_sigma(self):
         """(B,) random noise levels. At 1 a noised sample would say nothing of the sample."""
-        u = torch.rand(self.cfg.batch)
-        return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
+        return shift_sigma(torch.rand(self.cfg.batch), self.cfg.sigma_shift).clamp(0.02, 0.98)
 
     def draw_samples(self, student):
         """The student's clips x (B, F, C, h, w), all stopped at one random step; the noisy frames
@@ -1272,7 +1274,8 @@ def main(argv=None):
         cfg.chunks_in(args.frames)
         run = Run(cfg, args.out, args.data)
         if not args.from_scratch:
-            run.state["stages"]["teacher"] = load_checkpoint(args.data.with_name("teacher.pt"))
+            run.state["stages"].setdefault(
+                "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
             run.model("teacher")                                     # refused if it does not fit
         train_teacher(run)
         train_ode(run)
