@@ -35,20 +35,25 @@ Wan2.1 2503.20314, Muon (K. Jordan, 2024).
 """
 import argparse
 import functools
+import io
 import itertools
 import json
 import math
 import os
+import select
+import shutil
+import struct
 import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
@@ -382,10 +387,15 @@ class EMASinkCache:
         while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
             self.evict(self.recent.pop(0))
         if self.frames:
-            window = [frame.type_as(chunk) for frame in self.sink + self.recent]
-            keys, values = torch.cat(window, 3)                              # (layers, B, T, H, D)
+            keys, _ = self.newest[0]
             rope = rope_table(cfg, 0, self.frames, keys.device)
-            self.context = list(zip(rotate(keys, rope), values))
+            self.context = list(zip(*self.lay_out(self.sink + self.recent, rope, keys)))
+
+    @staticmethod
+    def lay_out(frames, rope, like):
+        """Frames side by side, keys turned to their positions; --compile makes it one kernel."""
+        keys, values = torch.cat([frame.type_as(like) for frame in frames], 3)
+        return rotate(keys, rope), values                                    # (layers, B, T, H, D)
 
     def evict(self, frame):
         """Fold a frame that leaves the window into the sink; without a sink it is lost."""
@@ -397,12 +407,16 @@ class EMASinkCache:
 
 # ------------------------------------------------------------------------------------- Rollout
 @torch.no_grad()
-def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None):
+def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
+            start=(), steer=None, reread=False):
     """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
     were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
     draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise. chunks=None goes on forever.
     In distillation all chunks stop after so many of their denoising steps.
+    start: clean chunks (B, L, C, h, w) that stand for the first ones; the stream goes on from them.
+    steer(chunk) is asked before every chunk: text (B, T, text_dim) from there on, or None, no
+    change. With reread the new text is also the one under which the newest chunk is remembered.
     """
     def fresh(chunk, step):
         return torch.randn(len(text), cfg.chunk, *cfg.latent)
@@ -410,15 +424,21 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None):
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
     for chunk in itertools.count() if chunks is None else range(chunks):
-        xt = draw(chunk, 0)                                          # pure noise: sigma = 1
-        for step, sigma in enumerate(cfg.sigmas[:steps]):
-            sigma = sigma.expand(len(text))
-            if step > 0:
-                xt = add_noise(x0, draw(chunk, step), sigma)
-            x0 = predict_x0(student, xt, sigma, text_kv, cache)
+        before, told = text_kv, steer and steer(chunk)
+        if told is not None:
+            text_kv = student.embed_text(told)
+        if chunk > 0:
+            remember(student, x0, text_kv if reread else before, cache)
+        if chunk < len(start):
+            x0 = xt = start[chunk]
+        else:
+            xt = draw(chunk, 0)                                      # pure noise: sigma = 1
+            for step, sigma in enumerate(cfg.sigmas[:steps]):
+                sigma = sigma.expand(len(text))
+                if step > 0:
+                    xt = add_noise(x0, draw(chunk, step), sigma)
+                x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
-        if chunk + 1 != chunks:
-            remember(student, x0, text_kv, cache)
 
 
 @torch.no_grad()
@@ -936,27 +956,96 @@ class Stage:
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
-def stream(student, vae, text, cfg, frames):
-    """Yield decoded frames (B, F, 3, height, width) uint8, chunk by chunk; text (B, T, text_dim).
+def stream(student, vae, text, cfg, frames, **others):
+    """Yield decoded frames (B, F, 3, height, width) uint8, chunk by chunk; text (B, T, text_dim);
+    others: the cache, start, steer and reread of rollout.
 
     vae=None yields latents. BadInput unless frames make whole chunks.
     """
     chunks = cfg.chunks_in(frames)
     set_seed(cfg.seed, "stream")
     past = {}
-    for x0, _ in rollout(student, text, cfg, None, chunks):
+    for x0, _ in rollout(student, text, cfg, None, chunks, **others):
         yield vae.decode(x0, past) if vae else x0
 
 
-def save_pictures(path, videos, scale, columns):
-    """Videos (B, F, 3, height, width) uint8 side by side, in rows, as GIF, WebP or PNG."""
+def play(student, vae, text, cfg, frames, finish, **others):
+    """Stream, and call finish(frames on the CPU) chunk by chunk. Returns the seconds of each.
+
+    Decoding, copying and finish have a thread of their own, beside the next chunk's passes. At most
+    two chunks are held.
+    """
+    past, jobs, clock = {}, [], [time.perf_counter()]
+
+    def job(x0):
+        finish((vae.decode(x0, past) if vae else x0).cpu())
+        return time.perf_counter()
+    with ThreadPoolExecutor(1) as thread:
+        for x0 in stream(student, None, text, cfg, frames, **others):
+            jobs.append(thread.submit(job, x0))
+            if len(jobs) > 1:
+                clock.append(jobs.pop(0).result())
+        clock.append(jobs.pop().result())
+    return np.diff(clock)
+
+
+def tile(videos, scale, columns):
+    """A picture for each frame of videos (B, F, 3, height, width) uint8, side by side in rows."""
     columns = math.gcd(len(videos), columns)
     grid = videos.unflatten(0, (-1, columns)).permute(2, 0, 4, 1, 5, 3)      # (F, rows, height,
     grid = grid.flatten(3, 4).flatten(1, 2)                                  #  columns, width, 3)
-    first, *rest = [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
-                    for frame in grid.cpu().numpy()]
+    return [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
+            for frame in grid.cpu().numpy()]
+
+
+def save_pictures(path, videos, scale, columns):
+    """Tiled videos as GIF, WebP or PNG."""
+    first, *rest = tile(videos, scale, columns)
     write_safely(path, lambda p: first.save(
-        p, save_all=True, append_images=rest, duration=60, loop=0))
+        p, save_all=True, append_images=rest, duration=FRAME_MS, loop=0))
+
+
+FRAME_MS = 60                                # of a picture that moves
+
+
+def write_webp(file, pictures):
+    """Add frames to an animated WebP, which is open for writing: nothing is held. Its length is put
+    right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
+    width, height = pictures[0].size
+    box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
+    timing = struct.pack("<I", FRAME_MS + (2 << 24))                 # 2: nothing shines through
+    parts = []
+    if not file.tell():
+        animated = struct.pack("<I", 2)
+        parts = [(b"RIFF", b"WEBP"), (b"VP8X", animated + box), (b"ANIM", bytes(6))]
+    for picture in pictures:
+        still = io.BytesIO()
+        picture.save(still, "WebP", method=0)                        # 0: fast
+        data = still.getvalue()[12:]                                 # without a RIFF of its own
+        parts.append((b"ANMF", bytes(6) + box + timing + data))      # at 0, 0
+    for name, data in parts:
+        file.write(struct.pack("<4sI", name, len(data)) + data)
+    end = file.tell()
+    file.seek(4)
+    file.write(struct.pack("<I", end - 8))
+    file.seek(end)
+    file.flush()
+
+
+def show(pictures, state):
+    """Draw in the terminal at the video's pace, a line of text beneath. A character is two pixels:
+    a half block's colour is the upper one, its ground the lower."""
+    columns, lines = shutil.get_terminal_size()
+    for picture in pictures:
+        due = time.perf_counter() + FRAME_MS / 1000
+        small = np.asarray(ImageOps.contain(picture, (columns, 2 * lines - 6)))
+        rows = []
+        for pair in zip(small[::2], small[1::2]):
+            row = ["\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours)
+                   for colours in np.hstack(pair)]                           # (width, 6)
+            rows.append("".join(row) + "\x1b[0m\n")
+        print("\x1b7\x1b[H", *rows, state, "\x1b[K\x1b8", sep="", end="", flush=True)
+        time.sleep(max(0, due - time.perf_counter()))
 
 
 def stream_all(run, stage, frames, repeats=1):
@@ -964,7 +1053,7 @@ def stream_all(run, stage, frames, repeats=1):
     captions = run.world.prompts * repeats
     text = run.world.text(captions)
     chunks = stream(run.model(stage), run.world, text, run.cfg, frames)
-    return torch.cat(list(chunks), 1), captions
+    return torch.cat(list(chunks), 1).to(text.device), captions
 
 
 def report(run, frames):
@@ -1063,8 +1152,8 @@ def load_weights(model, path):
 
 
 @torch.no_grad()
-def wan_text(prompt, folder, cfg, dtype):
-    """(1, text_len, text_dim) by UMT5-XXL, zero after the last token. The encoder is loaded, used
+def wan_text(prompts, folder, cfg, dtype):
+    """(B, text_len, text_dim) by UMT5-XXL, zero after the last token. The encoder is loaded, used
     and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -1073,21 +1162,32 @@ def wan_text(prompt, folder, cfg, dtype):
     check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
           "embedding: download it again, or try another release of transformers")
     encoder.to(torch.get_default_device())
-    tokens = tokenizer(prompt, return_tensors="pt", truncation=True,
+    tokens = tokenizer(prompts, return_tensors="pt", truncation=True,
                        padding="max_length", max_length=cfg.text_len).to(encoder.device)
     encoded = encoder.eval()(tokens.input_ids, tokens.attention_mask)
     return encoded.last_hidden_state * tokens.attention_mask[..., None]
 
 
 class WanVAE:
-    """Wan2.1's VAE from its Diffusers folder."""
+    """Wan2.1's VAE from its Diffusers folder; without one, with random weights."""
     def __init__(self, folder, dtype):
-        from diffusers import AutoencoderKLWan
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae")
+        from diffusers import AutoencoderKLWan as Wan
+        vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
         vae.to(torch.get_default_device(), dtype).requires_grad_(False)
-        self.vae = vae.eval()
+        vae.clear_cache()
+        self.vae, self.nothing = vae.eval(), vae._feat_map
         self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
+
+    def compile(self):
+        """Three graphs: the first latent frame, the second, and all others."""
+        self.vae.to(memory_format=torch.channels_last_3d)
+        self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
+
+    def step(self, frame, memory):
+        """Pixels of one latent frame (B, 16, 1, h, w), and the convolutions' memory after it."""
+        memory = [*memory]
+        return self.vae.decoder(frame, feat_cache=memory, feat_idx=[0]), memory
 
     def decode(self, latents, past):
         """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at a stream's start.
@@ -1098,13 +1198,41 @@ class WanVAE:
         z = (latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype)
         pixels = []
         for frame in self.vae.post_quant_conv(z).split(1, 2):
-            first = not past
-            if first:
-                self.vae.clear_cache()
-                past["features"] = self.vae._feat_map
-            pixels.append(self.vae.decoder(frame, feat_cache=past["features"], feat_idx=[0],
-                                           first_chunk=first))
+            made, past["memory"] = self.step(frame, past.get("memory", self.nothing))
+            pixels.append(made)
         return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
+
+    def encode(self, frames):
+        """The inverse at a stream's start: (B, 4 F - 3, 3, 8 h, 8 w) uint8 -> (B, F, 16, h, w)."""
+        pixels = (frames / 127.5 - 1).transpose(1, 2).to(self.vae.dtype)
+        z = self.vae.encode(pixels).latent_dist.mode().transpose(1, 2)
+        return (z.float() - self.mean) / self.std
+
+
+class TinyVAE:
+    """TAEHV (O. Boer Bohan), near Wan2.1's VAE at a small part of its cost, by its own code: folder
+    is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth. For one stream."""
+    def __init__(self, folder, dtype):
+        sys.path.append(str(folder))
+        from taehv import TAEHV, StreamingTAEHV
+        model = TAEHV(str(folder / "taew2_1.pth")).to(torch.get_default_device(), dtype)
+        self.dtype, self.taehv = dtype, StreamingTAEHV(model.requires_grad_(False))
+
+    def decode(self, latents, past):
+        """As WanVAE.decode; what it remembers is in the library's object."""
+        pixels = []
+        for latent in latents.to(self.dtype).split(1, 1):
+            pixels += [self.taehv.decode(latent), *iter(self.taehv.decode, None)]
+        return to_bytes(2 * torch.cat(pixels, 1).float() - 1)
+
+
+def compile_student(student):
+    """A graph for each length of the context, shared by all blocks, and one to lay it out."""
+    torch._dynamo.config.recompile_limit = 8 + student.cfg.window
+    for block in student.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    compiled = torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False)
+    EMASinkCache.lay_out = staticmethod(compiled)
 
 
 # ------------------------------------------------------------------------------- Command line
@@ -1113,11 +1241,17 @@ class Options:
     """What to do and with which files. Every field is a flag, as those of Config are."""
     toy: bool = False               # train what --out lacks, stream, write the report
     ablate: bool = False            # with --toy: both ideas against their controls
-    stream: bool = False            # stream --prompt with the student in --out, or with --full
+    stream: bool = False            # --prompt into out/stream.webp, by the student in --out
     full: bool = False              # with --stream or --bench: the 1.3B model
     bench: bool = False             # with --full: measure speed; random weights if none are given
     compile: bool = False           # compile the blocks: slow to start, then faster
     prompt: str = ""
+    then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
+                                    # may be given again
+    reread: bool = False            # at a new prompt read the recent frames again, under it
+    live: bool = False              # also show it in the terminal; a line entered is a new prompt
+    vae: Path = None                # with --full: folder of TAEHV, in place of Wan's VAE
+    start: Path = None              # a picture, or a GIF or WebP, that the stream goes on from
     frames: int = 0                 # video frames to stream; 0: 240 in the toy, 81 at full size
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
@@ -1190,6 +1324,8 @@ def parse(argv):
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
             parser.add_argument(name, action="store_true")
+        elif f.type is list:
+            parser.add_argument(name, nargs=2, action="append", metavar=("FRAME", "PROMPT"))
         else:
             parser.add_argument(name, type=f.type, help=f"[{f.default}]")
     given = vars(parser.parse_args(argv))
@@ -1197,8 +1333,8 @@ def parse(argv):
     return Options(**options), given
 
 
-def open_toy(args, given):
-    """(student, vae, text, cfg) of the checkpoint in --out."""
+def open_toy(args, given, dtype):
+    """(student, vae, encode, cfg) of the checkpoint in --out; encode(prompts) is their text."""
     check(set(given) <= {"alpha", "sink", "window", "seed"},
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
@@ -1208,50 +1344,108 @@ def open_toy(args, given):
     student = VideoTransformer(cfg)
     student.load_state_dict(state["stages"]["student"]["parts"][0])
     world = ToyWorld(cfg, args.data)
-    return student, world, world.text([args.prompt]), cfg
+    return student, world, world.text, cfg
 
 
 def open_full(args, given, dtype):
-    """(student, vae, text, cfg) of the full size; --bench alone needs no files: no VAE, no text."""
+    """(student, vae, encode, cfg) of the full size; --bench needs no files: no VAE, no text."""
     cfg = replace(PRESETS["full"], **given)
     cfg.chunks_in(args.frames)                                       # refused before loading
     check(args.bench or args.weights and args.wan and args.wan.is_dir(),
           "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
-    vae, text = None, torch.zeros(1, cfg.text_len, cfg.text_dim)
-    if args.wan:
-        vae = WanVAE(args.wan, dtype)
-        text = wan_text(args.prompt, args.wan, cfg, dtype)
+    vae = WanVAE(args.wan, dtype)
+    encode = functools.partial(wan_text, folder=args.wan, cfg=cfg, dtype=dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg).to(dtype)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, dtype), vae, text, cfg
+    return student.to(device, dtype), vae, encode, cfg
+
+
+def open_clip(path, cfg):
+    """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
+    uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
+    with Image.open(path) as file:
+        frames = [ImageOps.fit(picture.convert("RGB"), (cfg.width, cfg.height))
+                  for picture in ImageSequence.Iterator(file)]
+    if len(frames) == 1:
+        frames *= (cfg.chunk - 1) * cfg.time_stride + 1
+    cfg.chunks_in(len(frames))
+    return torch.tensor(np.stack(frames)).movedim(3, 1)[None]
 
 
 def stream_command(args, given, dtype):
-    """Stream --prompt into a file and say how fast. With --bench and no --wan: latents, no file."""
-    check(args.prompt or args.bench, '--stream needs a prompt: try --prompt "a red circle"')
-    if args.full:
-        student, vae, text, cfg = open_full(args, given, dtype)
-    else:
-        student, vae, text, cfg = open_toy(args, given)
-    if args.compile:                         # a graph for each length of the context
-        torch._dynamo.config.recompile_limit = 8 + cfg.window
-        for block in student.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    chunks = cfg.chunks_in(args.frames)
-    frames, clock = [], [time.perf_counter()]
-    for chunk in tqdm(stream(student, vae, text, cfg, args.frames), "stream", chunks, unit="chunk"):
-        frames.append(chunk.cpu())                                   # waits for a GPU
-        clock.append(time.perf_counter())
-    seconds = np.diff(clock)
+    """Stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
+    check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
+    check(not args.live or sys.stdout.isatty(),
+          "--live draws in a terminal, and this is none: leave it out, there will be a file")
+    student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
+    script, chunks = {0: args.prompt}, cfg.chunks_in(args.frames)
+    for frame, prompt in args.then:
+        check(frame.isdigit(), f"--then {frame}: give a frame and a prompt")
+        script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
+    texts = dict(zip(script, encode([*script.values()]).split(1)))
+    start = ()
+    if args.start:
+        start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1)
+    if args.compile:
+        compile_student(student)
+        if args.full:
+            vae.compile()
+    if args.vae:
+        vae = TinyVAE(args.vae, dtype)
+    cache, state = EMASinkCache(cfg), args.prompt
+
+    def steer(chunk):
+        nonlocal state
+        state = script.get(chunk, state)
+        if args.live and select.select([sys.stdin], [], [], 0)[0]:   # a line was entered
+            state = sys.stdin.readline().strip()
+            try:
+                return encode([state])
+            except BadInput as error:
+                state = str(error)
+        return texts.get(chunk)
+
+    def finish(frames):
+        pictures = tile(frames, 192 // cfg.width or 1, 1)
+        write_webp(file, pictures)
+        bar.update()
+        if args.live:
+            show(pictures, f"{bar} {cache.frames} frames in the window, {cache.updates} folded "
+                 f"into the sink; {state}")
+    path = args.out / "stream.webp"
+    with open(path, "wb") as file, tqdm(total=chunks, disable=args.live) as bar:
+        seconds = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache, start=start,
+                       steer=steer, reread=args.reread)
     fps = cfg.chunk * cfg.time_stride / np.median(seconds[chunks // 2:])
-    path = args.out / ("stream.webp" if args.full else "stream.gif")
-    print(f"{path if vae else 'not decoded'}: first chunk {seconds[0]:.2f} s, then {fps:.1f} "
-          f"frames per second, the median of the second half of {chunks} chunks")
-    if vae:
-        save_pictures(path, torch.cat(frames, 1), 192 // cfg.width or 1, 1)
+    print(f"{path}: first chunk {seconds[0]:.2f} s, then {fps:.1f} frames per second, the median "
+          f"of the second half of {chunks} chunks")
+
+
+def bench(args, given, dtype):
+    """Speed in one run, each rung on top of the last; weights are random if none are given.
+    Medians of the last 20 chunks of --frames, in video frames per second, into out/bench.json."""
+    student, vae, _, cfg = open_full(args, given, dtype)
+    text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
+    ladder = [("eager", vae, bool), ("compiled", vae, lambda: compile_student(student)),
+              ("VAE compiled", vae, vae.compile)]
+    if args.vae:
+        ladder.append(("tiny VAE", TinyVAE(args.vae, dtype), bool))
+    for rung, decoder, mend in ladder:
+        torch._dynamo.reset()                                        # each rung compiles anew
+        mend()
+        warm, decoded, alone = (play(student, each, text, cfg, args.frames, len)
+                                for each in (decoder, decoder, None))
+        fps, decoded_fps = (cfg.chunk * cfg.time_stride / np.median(seconds[-20:])
+                            for seconds in (alone, decoded))
+        row = {"fps": fps, "fps decoded": decoded_fps, "first chunk, s": decoded[0],
+               "compiling, s": warm.sum() - decoded.sum(),
+               "GPU memory, GiB": torch.cuda.max_memory_allocated() / 2 ** 30}
+        table[rung] = {name: round(number, 2) for name, number in row.items()}
+        print(f"{rung:12}", table[rung])
+    write_text(args.out / "bench.json", json.dumps(table, indent=1))
 
 
 def main(argv=None):
@@ -1264,12 +1458,12 @@ def main(argv=None):
             torch.set_default_device("cuda")
         dtype = torch.bfloat16 if cuda and args.full else torch.float32
         print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
+        check(args.toy + args.stream + args.bench == 1 and args.bench <= args.full <= 1 - args.toy,
+              "say what to do: --toy, --stream, --stream --full or --full --bench")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.stream or args.bench:
-            stream_command(args, given, dtype)
+            (bench if args.bench else stream_command)(args, given, dtype)
             return 0
-        check(args.toy and not args.full, "say what to do: --toy or --stream; --full goes with "
-              "--stream or --bench")
         cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
         cfg.chunks_in(args.frames)
         run = Run(cfg, args.out, args.data)
@@ -1287,7 +1481,8 @@ def main(argv=None):
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:
-        reason = str(error) or "stopped; the same command with --toy goes on from what is saved"
+        reason = str(error) or ("stopped; --toy goes on from what is saved, and stream.webp holds "
+                                "what was streamed")
         if isinstance(error, ImportError):
             reason += ": pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)
