@@ -42,7 +42,6 @@ import math
 import os
 import select
 import shutil
-import struct
 import sys
 import time
 import zipfile
@@ -962,10 +961,9 @@ def stream(student, vae, text, cfg, frames, **others):
 
     vae=None yields latents. BadInput unless frames make whole chunks.
     """
-    chunks = cfg.chunks_in(frames)
     set_seed(cfg.seed, "stream")
     past = {}
-    for x0, _ in rollout(student, text, cfg, None, chunks, **others):
+    for x0, _ in rollout(student, text, cfg, None, cfg.chunks_in(frames), **others):
         yield vae.decode(x0, past) if vae else x0
 
 
@@ -975,17 +973,17 @@ def play(student, vae, text, cfg, frames, finish, **others):
     Decoding, copying and finish have a thread of their own, beside the next chunk's passes. At most
     two chunks are held.
     """
-    past, jobs, clock = {}, [], [time.perf_counter()]
+    past, clock = {}, [time.perf_counter()]
 
     def job(x0):
         finish((vae.decode(x0, past) if vae else x0).cpu())
-        return time.perf_counter()
+        clock.append(time.perf_counter())
     with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(int)
         for x0 in stream(student, None, text, cfg, frames, **others):
-            jobs.append(thread.submit(job, x0))
-            if len(jobs) > 1:
-                clock.append(jobs.pop(0).result())
-        clock.append(jobs.pop().result())
+            done.result()
+            done = thread.submit(job, x0)
+        done.result()
     return np.diff(clock)
 
 
@@ -1013,23 +1011,20 @@ def write_webp(file, pictures):
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
     width, height = pictures[0].size
     box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
-    timing = struct.pack("<I", FRAME_MS + (2 << 24))                 # 2: nothing shines through
+    shown = bytes(6) + box + FRAME_MS.to_bytes(3, "little") + b"\2"  # at 0, 0; 2: opaque
     parts = []
     if not file.tell():
-        animated = struct.pack("<I", 2)
-        parts = [(b"RIFF", b"WEBP"), (b"VP8X", animated + box), (b"ANIM", bytes(6))]
+        parts = [(b"RIFF", b"WEBP"), (b"VP8X", b"\2\0\0\0" + box), (b"ANIM", bytes(6))]
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
-        data = still.getvalue()[12:]                                 # without a RIFF of its own
-        parts.append((b"ANMF", bytes(6) + box + timing + data))      # at 0, 0
+        parts.append((b"ANMF", shown + still.getvalue()[12:]))       # without a RIFF of its own
     for name, data in parts:
-        file.write(struct.pack("<4sI", name, len(data)) + data)
-    end = file.tell()
+        file.write(name + len(data).to_bytes(4, "little") + data)
+    size = file.tell() - 8
     file.seek(4)
-    file.write(struct.pack("<I", end - 8))
-    file.seek(end)
-    file.flush()
+    file.write(size.to_bytes(4, "little"))
+    file.seek(0, os.SEEK_END)
 
 
 def show(pictures, state):
@@ -1053,7 +1048,7 @@ def stream_all(run, stage, frames, repeats=1):
     captions = run.world.prompts * repeats
     text = run.world.text(captions)
     chunks = stream(run.model(stage), run.world, text, run.cfg, frames)
-    return torch.cat(list(chunks), 1).to(text.device), captions
+    return torch.cat(list(chunks), 1), captions
 
 
 def report(run, frames):
@@ -1174,20 +1169,15 @@ class WanVAE:
         from diffusers import AutoencoderKLWan as Wan
         vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
         vae.to(torch.get_default_device(), dtype).requires_grad_(False)
-        vae.clear_cache()
-        self.vae, self.nothing = vae.eval(), vae._feat_map
+        self.vae = vae.eval()
         self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
 
     def compile(self):
-        """Three graphs: the first latent frame, the second, and all others."""
-        self.vae.to(memory_format=torch.channels_last_3d)
-        self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
-
-    def step(self, frame, memory):
-        """Pixels of one latent frame (B, 16, 1, h, w), and the convolutions' memory after it."""
-        memory = [*memory]
-        return self.vae.decoder(frame, feat_cache=memory, feat_idx=[0]), memory
+        """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
+        graphs themselves."""
+        nn.utils.convert_conv3d_weight_memory_format(self.vae, torch.channels_last_3d)
+        self.vae.decoder.compile(fullgraph=True, dynamic=False)
 
     def decode(self, latents, past):
         """(B, F, 16, h, w) -> (B, 4 F, 3, 8 h, 8 w) uint8, 3 frames fewer at a stream's start.
@@ -1196,10 +1186,10 @@ class WanVAE:
         memory from call to call, so decoding by chunks equals decoding the whole.
         """
         z = (latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype)
-        pixels = []
-        for frame in self.vae.post_quant_conv(z).split(1, 2):
-            made, past["memory"] = self.step(frame, past.get("memory", self.nothing))
-            pixels.append(made)
+        decoder = self.vae.decoder if past else self.vae.decoder.forward
+        memory = past.setdefault("memory", [None] * 99)              # one a convolution, and more
+        pixels = [decoder(frame, feat_cache=memory, feat_idx=[0])
+                  for frame in self.vae.post_quant_conv(z).split(1, 2)]
         return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
 
     def encode(self, frames):
@@ -1231,8 +1221,8 @@ def compile_student(student):
     torch._dynamo.config.recompile_limit = 8 + student.cfg.window
     for block in student.blocks:
         block.compile(fullgraph=True, dynamic=False)
-    compiled = torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False)
-    EMASinkCache.lay_out = staticmethod(compiled)
+    EMASinkCache.lay_out = staticmethod(
+        torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False))
 
 
 # ------------------------------------------------------------------------------- Command line
@@ -1366,9 +1356,8 @@ def open_full(args, given, dtype):
 def open_clip(path, cfg):
     """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
     uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
-    with Image.open(path) as file:
-        frames = [ImageOps.fit(picture.convert("RGB"), (cfg.width, cfg.height))
-                  for picture in ImageSequence.Iterator(file)]
+    frames = [ImageOps.fit(picture.convert("RGB"), (cfg.width, cfg.height))
+              for picture in ImageSequence.Iterator(Image.open(path))]
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames))
@@ -1395,33 +1384,31 @@ def stream_command(args, given, dtype):
             vae.compile()
     if args.vae:
         vae = TinyVAE(args.vae, dtype)
-    cache, state = EMASinkCache(cfg), args.prompt
+    cache = EMASinkCache(cfg)
 
     def steer(chunk):
-        nonlocal state
-        state = script.get(chunk, state)
+        bar.desc = script.get(chunk, bar.desc)
         if args.live and select.select([sys.stdin], [], [], 0)[0]:   # a line was entered
-            state = sys.stdin.readline().strip()
+            bar.desc = sys.stdin.readline().strip()
             try:
-                return encode([state])
+                return encode([bar.desc])
             except BadInput as error:
-                state = str(error)
+                bar.desc = str(error)
         return texts.get(chunk)
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1, 1)
         write_webp(file, pictures)
-        bar.update()
+        bar.update(len(pictures))
         if args.live:
-            show(pictures, f"{bar} {cache.frames} frames in the window, {cache.updates} folded "
-                 f"into the sink; {state}")
-    path = args.out / "stream.webp"
-    with open(path, "wb") as file, tqdm(total=chunks, disable=args.live) as bar:
+            show(pictures, f"{bar}, {cache.frames} frames in the window, {cache.updates} folded")
+    bar = tqdm(total=args.frames, unit=" frames", file=open(os.devnull, "w") if args.live else None)
+    with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
         seconds = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache, start=start,
                        steer=steer, reread=args.reread)
     fps = cfg.chunk * cfg.time_stride / np.median(seconds[chunks // 2:])
-    print(f"{path}: first chunk {seconds[0]:.2f} s, then {fps:.1f} frames per second, the median "
-          f"of the second half of {chunks} chunks")
+    print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {fps:.1f} frames per second, the "
+          f"median of the second half of {chunks} chunks")
 
 
 def bench(args, given, dtype):
@@ -1429,23 +1416,24 @@ def bench(args, given, dtype):
     Medians of the last 20 chunks of --frames, in video frames per second, into out/bench.json."""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
-    ladder = [("eager", vae, bool), ("compiled", vae, lambda: compile_student(student)),
-              ("VAE compiled", vae, vae.compile)]
+    ladder = {"eager": bool, "compiled": lambda: compile_student(student),
+              "VAE compiled": vae.compile}
     if args.vae:
-        ladder.append(("tiny VAE", TinyVAE(args.vae, dtype), bool))
-    for rung, decoder, mend in ladder:
+        ladder["tiny VAE"] = bool
+    print("rung: frames per second, decoded; s for the first chunk, for compiling; GiB on the GPU")
+    for rung, mend in ladder.items():
         torch._dynamo.reset()                                        # each rung compiles anew
         mend()
+        if rung == "tiny VAE":
+            vae = TinyVAE(args.vae, dtype)
         warm, decoded, alone = (play(student, each, text, cfg, args.frames, len)
-                                for each in (decoder, decoder, None))
-        fps, decoded_fps = (cfg.chunk * cfg.time_stride / np.median(seconds[-20:])
-                            for seconds in (alone, decoded))
-        row = {"fps": fps, "fps decoded": decoded_fps, "first chunk, s": decoded[0],
-               "compiling, s": warm.sum() - decoded.sum(),
-               "GPU memory, GiB": torch.cuda.max_memory_allocated() / 2 ** 30}
-        table[rung] = {name: round(number, 2) for name, number in row.items()}
-        print(f"{rung:12}", table[rung])
-    write_text(args.out / "bench.json", json.dumps(table, indent=1))
+                                for each in (vae, vae, None))
+        speeds = [cfg.chunk * cfg.time_stride / np.median(seconds[-20:])
+                  for seconds in (alone, decoded)]
+        table[rung] = [*speeds, decoded[0], warm.sum() - decoded.sum(),
+                       torch.cuda.max_memory_allocated() / 2 ** 30]
+        print(f"{rung}:", *(f"{number:.2f}" for number in table[rung]))
+        write_text(args.out / "bench.json", json.dumps(table, indent=1))
 
 
 def main(argv=None):

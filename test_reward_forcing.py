@@ -160,16 +160,19 @@ class SlowCache:
             self.context = list(zip(rotate(keys, rope), values))
 
 
-def slow_rollout(model, text, cfg, draw, chunks):
-    text_kv, cache = model.embed_text(text), SlowCache(cfg)
+def slow_rollout(model, text, cfg, draw, chunks, start=(), script=None, reread=False):
+    text_kv, cache, script = model.embed_text(text), SlowCache(cfg), script or {}
     for chunk in range(chunks):
         x = draw(chunk, 0)
         for step, sigma in enumerate(cfg.sigmas):
             xt = (1 - sigma) * x + sigma * draw(chunk, step)
             x = xt - sigma * model(xt, sigma.expand(len(x)), text_kv, cache)
+        x = start[chunk] if chunk < len(start) else x
         yield x
-        model(x, zeros(len(x)), text_kv, cache)
+        told = model.embed_text(script[chunk + 1]) if chunk + 1 in script else text_kv
+        model(x, zeros(len(x)), told if reread else text_kv, cache)
         cache.append()
+        text_kv = told
 
 
 @parametrize("change", [
@@ -191,6 +194,18 @@ def test_stream_equals_a_plainly_written_one_with_a_hand_written_ema(change):
         assert error(ours, plain) < 2e-5 * plain.abs().max()         # the sink is float32
     left = max(0, 7 * cfg.chunk - cfg.window)
     assert cache.updates == (left if cfg.sink else 0)
+
+
+@parametrize("reread", [False, True])
+def test_steered_stream_from_given_chunks_equals_a_plainly_written_one(reread):
+    model, text = random_model(SMALL), random_text(SMALL, 2)
+    start, script = randn(2, 2, SMALL.chunk, *SMALL.latent).double(), {1: text + 1, 4: -text}
+    given = dict(start=start, reread=reread)
+    fast = rollout(model, text, SMALL, noises(SMALL, 2), 7, steer=script.get, **given)
+    slow = slow_rollout(model, text, SMALL, noises(SMALL, 2), 7, script=script, **given)
+    for chunk, ((ours, _), plain) in enumerate(zip(fast, slow)):
+        assert error(ours, plain) < 2e-5 * plain.abs().max()
+        assert equal(ours, start[chunk]) if chunk < 2 else True
 
 
 def test_noise_of_the_future_does_not_change_past_chunks():
@@ -890,15 +905,81 @@ def test_decoding_by_chunks_equals_decoding_the_whole(wan, monkeypatch):
     whole = vae.vae.decode(z).sample.transpose(1, 2)
     chunks = [vae.decode(chunk, past) for chunk in latents.split(3, 1)]
     assert error(cat(chunks, 1), whole) < 1e-4
+    frames = torch.randint(255, (1, 33, 3, 32, 48), dtype=torch.uint8)
+    z = vae.vae.encode((frames / 127.5 - 1).transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    assert error(vae.encode(frames) * vae.std + vae.mean, z) < 1e-5
 
 
-def test_full_size_streams_and_benches(wan, tmp_path, capsys):
+class Graphs:
+    """A backend of torch.compile that runs graphs as they are and counts them."""
+    def __init__(self, monkeypatch):
+        self.count, compile = 0, torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **others: compile(
+            f, backend=self.backend, **others))
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **others: setattr(
+            module, "_compiled_call_impl", torch.compile(module._call_impl, **others)))
+        monkeypatch.setattr(EMASinkCache, "lay_out", staticmethod(EMASinkCache.lay_out))
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+        torch._dynamo.reset()
+
+    def backend(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+def test_compiled_vae_has_one_graph_and_equals_plain_decoding_chunk_by_chunk(wan, monkeypatch):
+    graphs, latents = Graphs(monkeypatch), randn(5, 1, 3, 16, 4, 6)
+    plain, fast, pasts = rf.WanVAE(wan, float32), rf.WanVAE(wan, float32), ({}, {})
+    fast.compile()
+    for chunk in latents:
+        ours, theirs = (vae.decode(chunk, past) for vae, past in zip((fast, plain), pasts))
+        assert error(ours.int(), theirs.int()) <= 1                  # of 255
+    assert graphs.count == 1                                         # two where layouts differ
+
+
+TAEHV = """
+import torch
+class TAEHV(torch.nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.load(path))
+class StreamingTAEHV:
+    def __init__(self, model):
+        self.model, self.queue, self.skip = model, [], 3
+    def decode(self, latent=None):
+        if latent is not None:
+            self.queue += [latent[:, :, :3] * self.model.gain * n for n in (1, 2, 3, 4)]
+        self.queue, self.skip = self.queue[self.skip:], 0
+        return self.queue.pop(0) if self.queue else None
+"""
+
+
+def save_taehv(folder):
+    (folder / "taehv.py").write_text(TAEHV)
+    torch.save(tensor(0.1), folder / "taew2_1.pth")
+
+
+def test_tiny_vae_decodes_by_the_code_in_its_folder(tmp_path):
+    save_taehv(tmp_path)
+    latents, vae = rand(1, 6, 16, 4, 6), rf.TinyVAE(tmp_path, float32)
+    frames = cat([vae.decode(chunk, {}) for chunk in latents.split(3, 1)], 1)
+    assert frames.shape == (1, 21, 3, 4, 6) and frames.dtype == torch.uint8
+    assert error(frames[:, -1] / 255, 0.4 * latents[:, -1, :3]) < 1 / 255
+
+
+def test_full_size_streams_and_benches(wan, tmp_path, monkeypatch):
+    Graphs(monkeypatch)
     save_layout(tmp_path / "ema.pt", random_model(TINY_WAN, float32).state_dict())
     files = f"--wan {wan} --weights {tmp_path}/ema.pt --prompt panda"
     assert main(f"{SIZES} --stream {files} --out {tmp_path}") == 0
     assert Image.open(tmp_path / "stream.webp").n_frames == 33
-    assert main(f"{SIZES} --bench --out {tmp_path}") == 0
-    assert "not decoded" in capsys.readouterr().out
+    save_taehv(tmp_path)
+    assert main(f"{SIZES} --stream {files} --compile --vae {tmp_path} --out {tmp_path}") == 0
+    assert Image.open(tmp_path / "stream.webp").n_frames == 33
+    assert main(f"{SIZES} --bench --wan {wan} --vae {tmp_path} --out {tmp_path}") == 0
+    ladder = json.loads((tmp_path / "bench.json").read_text())
+    assert [*ladder] == ["eager", "compiled", "VAE compiled", "tiny VAE"]
+    assert all(min(rung[:3]) > 0 for rung in ladder.values())
 
 
 # ----------------------------------------------------------------------------- Command line
@@ -993,22 +1074,11 @@ def test_shipped_teacher_is_refused_where_it_does_not_fit(tmp_path, capsys):
     assert "add --from-scratch" in capsys.readouterr().err
 
 
-def test_compiled_stream_has_one_graph_for_each_length_of_context_and_equals_eager(trained, spy,
-                                                                                   monkeypatch):
-    graphs, videos, compile = [], spy(rf, "tile"), torch.nn.Module.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def compiled(block, **options):
-        assert options["fullgraph"]                                  # a break would be an error
-        compile(block, backend=backend, **options)
-    monkeypatch.setattr(rf.Block, "compile", compiled)
-    monkeypatch.setattr(EMASinkCache, "lay_out", staticmethod(EMASinkCache.lay_out))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+def test_compiled_stream_has_two_graphs_for_each_length_of_context_and_equals_eager(trained, spy,
+                                                                                    monkeypatch):
+    graphs, videos = Graphs(monkeypatch), spy(rf, "tile")
     line = f"--stream --prompt red --frames 60 --window 36 --out {trained}"
     assert main(line) == 0 and main(line + " --compile") == 0
-    assert len(graphs) == 12                                         # of 0, 3, ..., 33 frames
+    assert graphs.count == 12 + 11               # blocks of 0, 3, ..., 33 frames; layouts of 3, ...
     eager, fast = torch.cat([call.videos for call in videos], 1).float().chunk(2, 1)
     assert error(eager, fast) <= 1
