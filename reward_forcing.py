@@ -386,9 +386,8 @@ class EMASinkCache:
         while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
             self.evict(self.recent.pop(0))
         if self.frames:
-            keys, _ = self.newest[0]
-            rope = rope_table(cfg, 0, self.frames, keys.device)
-            self.context = list(zip(*self.lay_out(self.sink + self.recent, rope, keys)))
+            rope = rope_table(cfg, 0, self.frames, chunk.device)
+            self.context = list(zip(*self.lay_out(self.sink + self.recent, rope, chunk)))
 
     @staticmethod
     def lay_out(frames, rope, like):
@@ -955,23 +954,20 @@ class Stage:
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
-def stream(student, vae, text, cfg, frames, **others):
-    """Yield decoded frames (B, F, 3, height, width) uint8, chunk by chunk; text (B, T, text_dim);
-    others: the cache, start, steer and reread of rollout.
-
-    vae=None yields latents. BadInput unless frames make whole chunks.
-    """
+def stream(student, text, cfg, frames, **others):
+    """Yield latents (B, L, C, h, w) chunk by chunk; text (B, T, text_dim); others: rollout's cache,
+    start, steer and reread. BadInput unless frames make whole chunks."""
     set_seed(cfg.seed, "stream")
-    past = {}
     for x0, _ in rollout(student, text, cfg, None, cfg.chunks_in(frames), **others):
-        yield vae.decode(x0, past) if vae else x0
+        yield x0
 
 
 def play(student, vae, text, cfg, frames, finish, **others):
-    """Stream, and call finish(frames on the CPU) chunk by chunk. Returns the seconds of each.
+    """Stream, and call finish(frames on the CPU) chunk by chunk. Returns the seconds of the first
+    chunk, video frames per second by the median of the chunks' second half, the seconds of all.
 
     Decoding, copying and finish have a thread of their own, beside the next chunk's passes. At most
-    two chunks are held.
+    two chunks are held. vae=None leaves them latents.
     """
     past, clock = {}, [time.perf_counter()]
 
@@ -980,11 +976,13 @@ def play(student, vae, text, cfg, frames, finish, **others):
         clock.append(time.perf_counter())
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(int)
-        for x0 in stream(student, None, text, cfg, frames, **others):
+        for x0 in stream(student, text, cfg, frames, **others):
             done.result()
             done = thread.submit(job, x0)
         done.result()
-    return np.diff(clock)
+    seconds = np.diff(clock)
+    steady = np.median(seconds[len(seconds) // 2:])
+    return seconds[0], cfg.chunk * cfg.time_stride / steady, seconds.sum()
 
 
 def tile(videos, scale, columns):
@@ -1000,10 +998,7 @@ def save_pictures(path, videos, scale, columns):
     """Tiled videos as GIF, WebP or PNG."""
     first, *rest = tile(videos, scale, columns)
     write_safely(path, lambda p: first.save(
-        p, save_all=True, append_images=rest, duration=FRAME_MS, loop=0))
-
-
-FRAME_MS = 60                                # of a picture that moves
+        p, save_all=True, append_images=rest, duration=60, loop=0))
 
 
 def write_webp(file, pictures):
@@ -1011,10 +1006,9 @@ def write_webp(file, pictures):
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
     width, height = pictures[0].size
     box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
-    shown = bytes(6) + box + FRAME_MS.to_bytes(3, "little") + b"\2"  # at 0, 0; 2: opaque
-    parts = []
-    if not file.tell():
-        parts = [(b"RIFF", b"WEBP"), (b"VP8X", b"\2\0\0\0" + box), (b"ANIM", bytes(6))]
+    shown = bytes(6) + box + b"\x3c\0\0\2"                          # at 0, 0, 60 ms, opaque
+    head = [(b"RIFF", b"WEBP"), (b"VP8X", b"\2\0\0\0" + box), (b"ANIM", bytes(6))]
+    parts = [] if file.tell() else head
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
@@ -1024,7 +1018,7 @@ def write_webp(file, pictures):
     size = file.tell() - 8
     file.seek(4)
     file.write(size.to_bytes(4, "little"))
-    file.seek(0, os.SEEK_END)
+    file.seek(0, 2)                                                  # to its end
 
 
 def show(pictures, state):
@@ -1032,14 +1026,13 @@ def show(pictures, state):
     a half block's colour is the upper one, its ground the lower."""
     columns, lines = shutil.get_terminal_size()
     for picture in pictures:
-        due = time.perf_counter() + FRAME_MS / 1000
+        due = time.perf_counter() + 0.06
         small = np.asarray(ImageOps.contain(picture, (columns, 2 * lines - 6)))
-        rows = []
+        rows = ["\x1b7\x1b[H"]                                      # keep the cursor, go to the top
         for pair in zip(small[::2], small[1::2]):
-            row = ["\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours)
-                   for colours in np.hstack(pair)]                           # (width, 6)
-            rows.append("".join(row) + "\x1b[0m\n")
-        print("\x1b7\x1b[H", *rows, state, "\x1b[K\x1b8", sep="", end="", flush=True)
+            rows.append("".join("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours)
+                                for colours in np.hstack(pair)))             # (width, 6)
+        print(*rows, state, sep="\x1b[0m\x1b[K\n", end="\x1b[K\x1b8", flush=True)
         time.sleep(max(0, due - time.perf_counter()))
 
 
@@ -1047,8 +1040,8 @@ def stream_all(run, stage, frames, repeats=1):
     """Every caption, streamed by the student of a stage: (video (B, F, ...), the captions)."""
     captions = run.world.prompts * repeats
     text = run.world.text(captions)
-    chunks = stream(run.model(stage), run.world, text, run.cfg, frames)
-    return torch.cat(list(chunks), 1), captions
+    latents = torch.cat(list(stream(run.model(stage), text, run.cfg, frames)), 1)
+    return run.world.decode(latents), captions
 
 
 def report(run, frames):
@@ -1315,7 +1308,7 @@ def parse(argv):
         if f.type is bool:
             parser.add_argument(name, action="store_true")
         elif f.type is list:
-            parser.add_argument(name, nargs=2, action="append", metavar=("FRAME", "PROMPT"))
+            parser.add_argument(name, nargs=2, action="append")
         else:
             parser.add_argument(name, type=f.type, help=f"[{f.default}]")
     given = vars(parser.parse_args(argv))
@@ -1344,13 +1337,12 @@ def open_full(args, given, dtype):
     check(args.bench or args.weights and args.wan and args.wan.is_dir(),
           "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
     vae = WanVAE(args.wan, dtype)
-    encode = functools.partial(wan_text, folder=args.wan, cfg=cfg, dtype=dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg).to(dtype)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, dtype), vae, encode, cfg
+    return student.to(device, dtype), vae, lambda p: wan_text(p, args.wan, cfg, dtype), cfg
 
 
 def open_clip(path, cfg):
@@ -1367,17 +1359,16 @@ def open_clip(path, cfg):
 def stream_command(args, given, dtype):
     """Stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
     check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
-    check(not args.live or sys.stdout.isatty(),
-          "--live draws in a terminal, and this is none: leave it out, there will be a file")
+    check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
+          "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
-    script, chunks = {0: args.prompt}, cfg.chunks_in(args.frames)
+    cfg.chunks_in(args.frames)                                       # refused before it starts
+    script = {0: args.prompt}
     for frame, prompt in args.then:
         check(frame.isdigit(), f"--then {frame}: give a frame and a prompt")
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     texts = dict(zip(script, encode([*script.values()]).split(1)))
-    start = ()
-    if args.start:
-        start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1)
+    start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
     if args.compile:
         compile_student(student)
         if args.full:
@@ -1402,37 +1393,32 @@ def stream_command(args, given, dtype):
         bar.update(len(pictures))
         if args.live:
             show(pictures, f"{bar}, {cache.frames} frames in the window, {cache.updates} folded")
-    bar = tqdm(total=args.frames, unit=" frames", file=open(os.devnull, "w") if args.live else None)
+    bar = tqdm(total=args.frames, unit=" frames", mininterval=1e9 if args.live else 0.1)
+    if args.live:
+        print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        seconds = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache, start=start,
-                       steer=steer, reread=args.reread)
-    fps = cfg.chunk * cfg.time_stride / np.median(seconds[chunks // 2:])
-    print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {fps:.1f} frames per second, the "
-          f"median of the second half of {chunks} chunks")
+        first, fps, _ = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache,
+                             start=start, steer=steer, reread=args.reread)
+    print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
 
 def bench(args, given, dtype):
-    """Speed in one run, each rung on top of the last; weights are random if none are given.
-    Medians of the last 20 chunks of --frames, in video frames per second, into out/bench.json."""
+    """Speed in one run, each rung on top of the last: out/bench.json. Any weights will do."""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
-    ladder = {"eager": bool, "compiled": lambda: compile_student(student),
-              "VAE compiled": vae.compile}
-    if args.vae:
-        ladder["tiny VAE"] = bool
-    print("rung: frames per second, decoded; s for the first chunk, for compiling; GiB on the GPU")
-    for rung, mend in ladder.items():
-        torch._dynamo.reset()                                        # each rung compiles anew
-        mend()
-        if rung == "tiny VAE":
+    print("frames per second, decoded; s for the first chunk, for compiling; GB on the GPU")
+    for rung in ("eager", "compiled", "VAE compiled", "tiny VAE")[:3 + bool(args.vae)]:
+        if rung == "compiled":
+            compile_student(student)
+        elif rung == "VAE compiled":
+            vae.compile()
+        elif rung == "tiny VAE":
             vae = TinyVAE(args.vae, dtype)
-        warm, decoded, alone = (play(student, each, text, cfg, args.frames, len)
-                                for each in (vae, vae, None))
-        speeds = [cfg.chunk * cfg.time_stride / np.median(seconds[-20:])
-                  for seconds in (alone, decoded)]
-        table[rung] = [*speeds, decoded[0], warm.sum() - decoded.sum(),
-                       torch.cuda.max_memory_allocated() / 2 ** 30]
-        print(f"{rung}:", *(f"{number:.2f}" for number in table[rung]))
+        cold, warm, alone = (play(student, each, text, cfg, args.frames, len)
+                             for each in (vae, vae, None))
+        table[rung] = [alone[1], warm[1], warm[0], cold[2] - warm[2],
+                       torch.cuda.max_memory_allocated() / 1e9]
+        print(rung, np.round(table[rung], 2))
         write_text(args.out / "bench.json", json.dumps(table, indent=1))
 
 
@@ -1440,7 +1426,7 @@ def main(argv=None):
     """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
         args, given = parse(argv)
-        args.frames = args.frames or (81 if args.full else 240)
+        args.frames = args.frames or (477 if args.bench else 81 if args.full else 240)
         cuda = torch.cuda.is_available()
         if cuda:
             torch.set_default_device("cuda")
@@ -1449,7 +1435,7 @@ def main(argv=None):
         check(args.toy + args.stream + args.bench == 1 and args.bench <= args.full <= 1 - args.toy,
               "say what to do: --toy, --stream, --stream --full or --full --bench")
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.stream or args.bench:
+        if not args.toy:
             (bench if args.bench else stream_command)(args, given, dtype)
             return 0
         cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
@@ -1469,8 +1455,7 @@ def main(argv=None):
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:
-        reason = str(error) or ("stopped; --toy goes on from what is saved, and stream.webp holds "
-                                "what was streamed")
+        reason = str(error) or "stopped; --toy goes on from what is saved; a stream's file plays"
         if isinstance(error, ImportError):
             reason += ": pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)

@@ -8,8 +8,11 @@ import itertools
 import json
 import math
 import os
+import pty
+import resource
 import subprocess
 import sys
+import termios
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -974,12 +977,45 @@ def test_full_size_streams_and_benches(wan, tmp_path, monkeypatch):
     assert main(f"{SIZES} --stream {files} --out {tmp_path}") == 0
     assert Image.open(tmp_path / "stream.webp").n_frames == 33
     save_taehv(tmp_path)
-    assert main(f"{SIZES} --stream {files} --compile --vae {tmp_path} --out {tmp_path}") == 0
+    assert main(f"{SIZES} --stream {files} --vae {tmp_path} --out {tmp_path}") == 0
     assert Image.open(tmp_path / "stream.webp").n_frames == 33
     assert main(f"{SIZES} --bench --wan {wan} --vae {tmp_path} --out {tmp_path}") == 0
     ladder = json.loads((tmp_path / "bench.json").read_text())
     assert [*ladder] == ["eager", "compiled", "VAE compiled", "tiny VAE"]
     assert all(min(rung[:3]) > 0 for rung in ladder.values())
+
+
+# ------------------------------------------------------------------- Streams that last and live
+def test_stream_of_any_length_holds_nothing(tmp_path):
+    """Each frame of the picture is noise of 49 kB. What is held shows in the peak of memory."""
+    peaks = []
+    with open(tmp_path / "stream.webp", "wb", 0) as file:
+        for chunk in range(100):
+            frames = torch.randint(255, (12, 3, 3, 64, 64), dtype=torch.uint8)
+            rf.write_webp(file, rf.tile(frames, 1, 4))
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[-1] - peaks[20] < 3000                              # kB; the frames are 35,000
+    assert Image.open(tmp_path / "stream.webp").n_frames == 300
+
+
+def test_play_decodes_in_order_holds_two_chunks_and_passes_errors_on():
+    cfg, held, most, seen = SMALL, [], [], []
+
+    def finish(latents):
+        seen.append(latents)
+        held.pop()
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    def steer(chunk):
+        held.append(chunk)
+        most.append(len(held))
+    model, text = random_model(cfg, float32), random_text(cfg)
+    with raises(KeyboardInterrupt):
+        rf.play(model, None, text, cfg, 300, finish, steer=steer)
+    assert max(most) <= 3 and len(most) <= 8                         # the one being made included
+    plain = rf.stream(model, text, cfg, 18)
+    assert same(seen, list(plain))
 
 
 # ----------------------------------------------------------------------------- Command line
@@ -1011,6 +1047,40 @@ def test_stream_of_other_length_sink_and_window_changes_no_file_but_its_own(trai
         made.add((trained / "stream.webp").read_bytes())
         assert Image.open(trained / "stream.webp").n_frames == 36
     assert len(made) == 3 and (trained / "checkpoint.pt").read_bytes() == before
+
+
+def test_stream_goes_on_from_a_picture_or_a_clip(trained, tmp_path, spy):
+    clip, tiled = np.load(WORLD)["clips"][0, :6].transpose(0, 2, 3, 1), spy(rf, "tile")
+    first, *others = map(Image.fromarray, clip)
+    first.save(tmp_path / "still.png")
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=others, lossless=True)
+    first.save(tmp_path / "short.webp", save_all=True, append_images=others[:3], lossless=True)
+    stream = f"--stream --prompt red --frames 12 --out {trained} --start {tmp_path}"
+    for name, given in (("still.png", clip[[0, 0, 0]]), ("clip.webp", clip)):
+        tiled.clear()
+        assert main(f"{stream}/{name}") == 0
+        made = cat([call.videos for call in tiled], 1)[0].permute(0, 2, 3, 1)
+        off = (made[:len(given)].float() - tensor(given)).square().mean()
+        assert made.shape[0] == 12 and 10 * math.log10(255 ** 2 / off) > 25      # dB
+    assert main(f"{stream}/short.webp") == 2                         # 4 frames: no whole chunk
+
+
+def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(HERE)
+        line = f"reward_forcing.py --stream --prompt red --live --frames 3000 --out {trained}"
+        os.execv(sys.executable, ["python", *line.split()])
+    before, screen, lines = termios.tcgetattr(terminal), "", iter(["pink", "blue square", "\3"])
+    for awaited in "red: ", "'pink' must be", "blue square: ":
+        while awaited not in screen.split("window")[-2:][0]:         # beneath a whole picture
+            screen += os.read(terminal, 65536).decode(errors="replace")
+        os.write(terminal, f"{next(lines)}\n".encode())
+    while "stopped" not in screen:
+        screen += os.read(terminal, 65536).decode(errors="replace")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert screen.count("\u2580") > 3 * 32 * 16 and termios.tcgetattr(terminal) == before
+    assert Image.open(trained / "stream.webp").n_frames >= 9
 
 
 @parametrize("line", [
