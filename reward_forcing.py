@@ -17,7 +17,7 @@ and attends, through a cache of keys and values, to the frames it made before. T
     python reward_forcing.py --toy                            # the whole method, in minutes
     python reward_forcing.py --stream --prompt "a red circle" # then stream what you like
     python reward_forcing.py --toy --ablate                   # both ideas, with controls
-    python reward_forcing.py --full --bench --compile         # the speed of the 1.3B model
+    python reward_forcing.py --full --bench                   # the speed of the 1.3B model
 
 Read from top to bottom. "Config" to "Training stages" is the paper. What follows is the toy's
 world, the plumbing, and what the full size needs around the same classes.
@@ -1226,8 +1226,8 @@ class Options:
     ablate: bool = False            # with --toy: both ideas against their controls
     stream: bool = False            # --prompt into out/stream.webp, by the student in --out
     full: bool = False              # with --stream or --bench: the 1.3B model
-    bench: bool = False             # with --full: measure speed; random weights if none are given
-    compile: bool = False           # compile the blocks: slow to start, then faster
+    bench: bool = False             # with --full: measure speed, any weights or none
+    compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
     prompt: str = ""
     then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
                                     # may be given again
@@ -1235,7 +1235,7 @@ class Options:
     live: bool = False              # also show it in the terminal; a line entered is a new prompt
     vae: Path = None                # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path = None              # a picture, or a GIF or WebP, that the stream goes on from
-    frames: int = 0                 # video frames to stream; 0: 240 in the toy, 81 at full size
+    frames: int = 0                 # video frames; 0: 240 in the toy, 81 at full size, bench 477
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
     out: Path = Path("out")         # folder of all that is written
@@ -1331,7 +1331,7 @@ def open_toy(args, given, dtype):
 
 
 def open_full(args, given, dtype):
-    """(student, vae, encode, cfg) of the full size; --bench needs no files: no VAE, no text."""
+    """(student, vae, encode, cfg) of the full size; for --bench random where no file is given."""
     cfg = replace(PRESETS["full"], **given)
     cfg.chunks_in(args.frames)                                       # refused before loading
     check(args.bench or args.weights and args.wan and args.wan.is_dir(),
