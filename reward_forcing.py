@@ -975,7 +975,7 @@ def play(student, vae, text, cfg, frames, finish, **others):
         finish((vae.decode(x0, past) if vae else x0).cpu())
         clock.append(time.perf_counter())
     with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(int)
+        done = thread.submit(int)                                    # nothing to wait for yet
         for x0 in stream(student, text, cfg, frames, **others):
             done.result()
             done = thread.submit(job, x0)
