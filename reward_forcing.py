@@ -1231,7 +1231,7 @@ class Options:
     prompt: str = ""
     then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
                                     # may be given again
-    reread: bool = False            # at a new prompt read the recent frames again, under it
+    reread: bool = False            # remember the newest chunk under a new prompt, not the old
     live: bool = False              # also show it in the terminal; a line entered is a new prompt
     vae: Path = None                # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path = None              # a picture, or a GIF or WebP, that the stream goes on from
