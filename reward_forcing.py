@@ -18,6 +18,7 @@ and attends, through a cache of keys and values, to the frames it made before. T
     python reward_forcing.py --stream --prompt "a red circle" # then stream what you like
     python reward_forcing.py --toy --ablate                   # both ideas, with controls
     python reward_forcing.py --full --bench --compile         # the speed of the 1.3B model
+    torchrun --nproc-per-node 8 reward_forcing.py --full --train ...     # its training
 
 Read from top to bottom. "Config" to "Training stages" is the paper. What follows is the toy's
 world, the plumbing, and what the full size needs around the same classes.
@@ -52,6 +53,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -98,7 +101,10 @@ class Config:
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     tilt: bool = False              # weight the critic's loss instead of the student's
     shuffle: bool = False           # weight each sample by the reward of another: the control
+    critic_clip: float = 1.0        # largest norm of the critic's gradient; the student's: 10
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
+    ema_start: int = 0              # student updates before it averages; until then it is a copy
+    adamw: bool = False             # AdamW(0, .999), constant rate, instead of Muon with a schedule
     seed: int = 0
 
     def __post_init__(self):
@@ -241,6 +247,9 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
         self.modulation.data[:, [2, 5]] += 0.3                       # gates: branches start open
 
+    def embed_text(self, text):
+        return self.cross_attn.key_value(text)
+
     def forward(self, x, sigma_emb, text_kv, rope, context):
         """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
         (B, T, H, D), those of the context already rotated. Returns the new x and this chunk's own
@@ -305,7 +314,7 @@ class VideoTransformer(nn.Module):
         """
         text = pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         text = self.text_embedding(text.to(self.patch_embedding.weight))
-        return [block.cross_attn.key_value(text) for block in self.blocks]
+        return [block.embed_text(text) for block in self.blocks]
 
     def embed_sigma(self, sigma):
         """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
@@ -317,7 +326,8 @@ class VideoTransformer(nn.Module):
 
     def forward(self, x, sigma, text_kv, cache=None):
         """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F)."""
-        if cache is None:                                            # nothing came before
+        streaming = cache is not None
+        if not streaming:                                            # nothing came before
             cache = EMASinkCache(self.cfg)
         waves = self.embed_sigma(sigma.reshape(len(x), -1))
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
@@ -328,7 +338,9 @@ class VideoTransformer(nn.Module):
         h = h.flatten(3).permute(0, 2, 3, 1)                                 # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
             context = cache.context[layer] if cache.context else (nothing, nothing)
-            h, cache.newest[layer] = block(h, emb6, text_kv[layer], rope, context)
+            h, kv = block(h, emb6, text_kv[layer], rope, context)
+            if streaming:                                            # a whole clip's would be GBs
+                cache.newest[layer] = kv
         return unpatchify(self.head(h, emb), self.cfg.rows).type_as(x)
 
 
@@ -446,10 +458,12 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
     return (weight * norm(velocity - (noise - x0))).mean()
 
 
-def guided_x0(teacher, xt, sigma, text, guidance):
-    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). No text is all zeros."""
+def guided_x0(teacher, xt, sigma, text, guidance, negative=0.0):
+    """Classifier-free guidance: x0 = cond + guidance (cond - uncond), uncond being told the features
+    of a negative prompt (1, T, text_dim); in the toy no text, which is all zeros."""
+    negative = torch.zeros_like(text) + negative
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
-    uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(torch.zeros_like(text)))
+    uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
     return cond + guidance * (cond - uncond)
 
 
@@ -599,7 +613,7 @@ def train_student(run):
     or that is given no time to, ends where the weights have pulled it.
     """
     cfg = run.cfg
-    teacher, critic = run.model("teacher"), run.model("teacher")
+    teacher, critic = run.teacher(), run.model("teacher")
     student, average = run.model("ode"), run.model("ode")            # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
@@ -607,6 +621,8 @@ def train_student(run):
     # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
     # student = teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
+    even = torch.ones(cfg.batch)
+    negative = run.world.text([run.negative])
     stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
                   *student_optimizers, *critic_optimizers)
 
@@ -614,33 +630,42 @@ def train_student(run):
         set_seed(cfg.seed, "student", step)
         progress = step / cfg.distill_steps
         for _ in range(cfg.critic_ratio):
-            x, _, _, text, _ = run.draw_samples(student)
-            weight = weigh(motion_reward(run.world.decode(x))) if cfg.tilt else 1.0
-            sigma = run.draw_sigma()
-            text_kv, noise = critic.embed_text(text), torch.randn_like(x)
-            critic_loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight)
-            critic_loss.backward()
-            update(critic, critic_optimizers, 1.0, progress)
+            x, _, _, captions, _ = run.draw_samples(student)
+            weight = weigh(run.judge(x, captions)) if cfg.tilt else even
+            batch = x, run.world.text(captions), run.draw_sigma(), run.draw_noise(), run.own(weight)
+            critic_loss = 0.0
+            for x, text, sigma, noise, weight in run.split(*batch):
+                text_kv = critic.embed_text(text)
+                loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
+                loss.backward()
+                critic_loss += loss.item()
+            update(critic, critic_optimizers, cfg.critic_clip, progress)
 
-        x, noisy, exit_sigma, text, cache = run.draw_samples(student)
-        reward = motion_reward(run.world.decode(x))                          # (B,)
+        x, noisy, exit_sigma, captions, cache = run.draw_samples(student)
+        reward = run.judge(x, captions)                                      # (batch,)
         if cfg.shuffle:
-            reward = reward[torch.randperm(len(x))]
+            reward = reward[torch.randperm(cfg.batch)]
         weight = weigh(reward)
-        sigma = run.draw_sigma()
-        xt = add_noise(x, torch.randn_like(x), sigma)
-        with torch.no_grad():
-            x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
-            x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
-        target = x - dmd_gradient(x, x0_real, x0_fake)
-        loss = regress(student, text, cfg, noisy, exit_sigma, x, target,
-                       weight=1.0 if cfg.tilt else weight)
+        own_weight = run.own(even if cfg.tilt else weight)
+        batch = (x, noisy, exit_sigma, run.world.text(captions), run.draw_sigma(),
+                 run.draw_noise(), own_weight)
+        loss = gap = 0.0
+        for x, noisy, exit_sigma, text, sigma, noise, one_weight in run.split(*batch):
+            xt = add_noise(x, noise, sigma)
+            with torch.no_grad():
+                x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance, negative)
+                x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
+            target = x - dmd_gradient(x, x0_real, x0_fake)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target,
+                            one_weight / run.turns)
+            gap += (x0_real - x0_fake).abs().mean().item() / run.turns
         grad_norm = update(student, student_optimizers, 10.0, progress)
+        keep = cfg.weight_ema if step >= cfg.ema_start else 0
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
-                mean.lerp_(new, 1 - cfg.weight_ema)
-        stage.end(step, loss=loss, critic_loss=critic_loss.item(), grad_norm=grad_norm,
-                  reward=reward.mean().item(), gap=(x0_real - x0_fake).abs().mean().item(),
+                mean.lerp_(new, 1 - keep)
+        stage.end(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
+                  reward=reward.mean().item(), gap=gap,
                   weight_min=weight.min().item(), weight_max=weight.max().item(),
                   effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
                   sink_updates=cache.updates)
@@ -670,6 +695,7 @@ class ToyWorld:
         except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{path} cannot be used ({error}): make another by tiny_data/make.py, "
                            f"or change --stride {cfg.stride}")
+        self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
         check(latent == [*cfg.latent] and frames >= cfg.clip and len(self.words) <= cfg.text_dim,
@@ -733,7 +759,7 @@ def agreement(centre):
     return (a * b).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
 
 
-def motion_reward(frames):
+def motion_reward(frames, captions=None):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     mask, centre = track(frames)
     area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
@@ -816,7 +842,10 @@ def set_seed(*what):
 
 
 def make_optimizers(model, lr):
-    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest."""
+    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest, or, as
+    in the paper, for all."""
+    if model.cfg.adamw:
+        return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.01)]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
     return [torch.optim.Muon(matrices, lr, weight_decay=0.01, eps=1e-30),
@@ -825,10 +854,11 @@ def make_optimizers(model, lr):
 
 def update(model, optimizers, max_norm, progress):
     """One step down the gradients, clipped to max_norm; clears them and returns their norm. The
-    learning rate rises in the first twentieth of a stage, then falls to 0; progress in [0, 1]."""
+    learning rate rises in the first twentieth of a stage, then falls to 0, but the paper's is
+    constant; progress in [0, 1]."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for optimizer in optimizers:
-        rate = min(1, 0.05 + 20 * progress) * (1 - progress)
+        rate = 1 if model.cfg.adamw else min(1, 0.05 + 20 * progress) * (1 - progress)
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
         optimizer.step()
     model.zero_grad()
@@ -848,17 +878,23 @@ def write_text(path, text):
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=os.name != "nt", weights_only=True)
     except Exception as error:                                       # torch raises many kinds
         raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
                        "anew, with --toy, and with --from-scratch if it is teacher.pt")
 
 
 class Run:
-    """A training run in the folder out: its world, its stages so far, its checkpoint and log."""
-    def __init__(self, cfg, out, data):
-        self.cfg, self.out, self.world = cfg, out, ToyWorld(cfg, data)
-        config = {**asdict(cfg), "data": zlib.crc32(self.world.clips.cpu().numpy())}
+    """A training run in the folder out: its world, its stages so far, its checkpoint and log.
+
+    turns micro batches make a batch, to save memory; in the toy one. The methods that do nothing
+    here are those of a run on several GPUs: see FullRun.
+    """
+    rank, turns, reward, negative = 0, 1, staticmethod(motion_reward), ""
+
+    def __init__(self, cfg, out, world):
+        self.cfg, self.out, self.world = cfg, out, world
+        config = {**asdict(cfg), "data": world.checksum}
         self.state = {"config": config, "log": [], "stages": {}}     # stages: see Stage.end
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
@@ -877,6 +913,40 @@ class Run:
                 raise BadInput("the shipped teacher does not fit these flags: add --from-scratch")
         return model
 
+    def teacher(self):
+        return self.model("teacher")
+
+    def own(self, x):
+        """The part of this process, n samples, of what the whole batch has."""
+        return x
+
+    def whole(self, x):
+        """The inverse of own."""
+        return x
+
+    def cut(self, state):
+        """A state dict, as models and optimizers of this run take it."""
+        return state
+
+    def join(self, state):
+        """The inverse of cut."""
+        return state
+
+    def log(self, numbers):
+        return numbers
+
+    def split(self, *batch):
+        """Yield the samples that are computed at a time, of tensors or lists of n."""
+        size = len(batch[0]) // self.turns
+        for i in range(self.turns):
+            yield [x[i * size:(i + 1) * size] for x in batch]
+
+    def judge(self, x, captions):
+        """The rewards (batch,) of all samples; x (n, F, C, h, w) and n captions are this process'."""
+        rewards = [self.reward(self.world.decode(x), captions)
+                   for x, captions in self.split(x, captions)]
+        return self.whole(torch.cat(rewards))
+
     def draw_clips(self):
         """Random cuts of random clips, as latents, and their text, some of it dropped."""
         cfg, world = self.cfg, self.world
@@ -889,20 +959,36 @@ class Run:
         return world.encode(cuts), text
 
     def draw_sigma(self):
-        """(B,) random noise levels. At 1 a noised sample would say nothing of the sample."""
-        return shift_sigma(torch.rand(self.cfg.batch), self.cfg.sigma_shift).clamp(0.02, 0.98)
+        """(n,) random noise levels. At 1 a noised sample would say nothing of the sample."""
+        u = self.own(torch.rand(self.cfg.batch))
+        return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
+
+    def draw_noise(self, frames=None):
+        """(n, F, C, h, w)"""
+        cfg = self.cfg
+        return self.own(torch.randn(cfg.batch, frames or cfg.clip, *cfg.latent))
 
     def draw_samples(self, student):
-        """The student's clips x (B, F, C, h, w), all stopped at one random step; the noisy frames
-        they were predicted from; that step's sigma (B, F); their text; the cache."""
-        cfg, text = self.cfg, self.world.text(self.world.prompts)
-        text = text[torch.randint(len(text), (cfg.batch,))]
-        steps = torch.randint(cfg.denoise_steps, ()) + 1
-        cache = EMASinkCache(cfg)
-        chunks = rollout(student, text, cfg, None, cfg.clip // cfg.chunk, steps, cache)
-        x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
+        """The student's clips x (n, F, C, h, w), all stopped at one random step; the noisy frames
+        they were predicted from; that step's sigma (n, F); their captions; the cache.
+
+        Every process draws for the whole batch and keeps its own: any number of processes makes
+        the same samples, and all stop at the same step."""
+        cfg, prompts, made = self.cfg, self.world.prompts, []
+        picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
+        captions = [prompts[i] for i in picked]
+        steps = torch.randint(cfg.denoise_steps, ()).item() + 1
+        chunks = cfg.clip // cfg.chunk
+        noise = torch.stack([self.draw_noise(cfg.chunk) for _ in range(chunks * steps)], 1)
+        for text, noise in self.split(self.world.text(captions), noise):
+            def draw(chunk, step):
+                return noise[:, chunk * steps + step]
+            cache = EMASinkCache(cfg)
+            rolled = rollout(student, text, cfg, draw, chunks, steps, cache)
+            made.append([torch.cat(frames, 1) for frames in zip(*rolled)])
+        x, noisy = map(torch.cat, zip(*made))
         sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-        return x, noisy, sigma, text, cache
+        return x, noisy, sigma, captions, cache
 
 
 class Stage:
@@ -916,23 +1002,28 @@ class Stage:
         self.run, self.name, self.steps, self.parts = run, name, steps, parts
         saved = run.state["stages"].get(name, {"step": 0, "parts": []})
         for part, state in zip(parts, saved["parts"]):
-            part.load_state_dict(state)
-        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
+            part.load_state_dict(run.cut(state))
+        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
+                        disable=run.rank > 0)
 
     def end(self, step, **numbers):
         """Log the numbers and save, both now and then. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate in another --out")
+        numbers = self.run.log(numbers)
         state, last = self.run.state, step + 1 == self.steps
         if last or step % 10 == 0:
             self.bar.set_postfix(numbers)
             state["log"].append({"stage": self.name, "step": step, **numbers})
         if last or step % max(1, self.steps // 20) == 0:
-            parts = [part.state_dict() for part in self.parts]
+            parts = [self.run.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
-            write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
-            write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
+            if self.name == "student":                               # the names public code reads
+                state |= zip(("generator_ema", "generator", "critic"), parts)
+            if self.run.rank == 0:
+                write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
@@ -1063,20 +1154,22 @@ def load_weights(model, path):
 
 
 @torch.no_grad()
-def wan_text(prompt, folder, cfg, dtype):
-    """(1, text_len, text_dim) by UMT5-XXL, zero after the last token. The encoder is loaded, used
-    and freed in this one call."""
+def wan_text(prompts, folder, cfg, dtype):
+    """For each prompt (1, T, text_dim) by UMT5-XXL, T tokens of at most text_len. The encoder is
+    loaded, used and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
     encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
     check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
           "embedding: download it again, or try another release of transformers")
-    encoder.to(torch.get_default_device())
-    tokens = tokenizer(prompt, return_tensors="pt", truncation=True,
-                       padding="max_length", max_length=cfg.text_len).to(encoder.device)
-    encoded = encoder.eval()(tokens.input_ids, tokens.attention_mask)
-    return encoded.last_hidden_state * tokens.attention_mask[..., None]
+    encoder.to(torch.get_default_device()).eval()
+    features = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=cfg.text_len)
+        encoded = encoder(tokens.input_ids.to(encoder.device))
+        features.append(encoded.last_hidden_state)
+    return features
 
 
 class WanVAE:
@@ -1107,6 +1200,167 @@ class WanVAE:
         return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
 
 
+# ------------------------------------------------------------------------ Training at full size
+class PromptWorld:
+    """What ToyWorld is to the toy: the lines of a text file; their features, which are made once,
+    before a model is loaded; and the VAE, through which the reward sees the samples."""
+    def __init__(self, args, cfg, dtype):
+        self.cfg, self.vae = cfg, WanVAE(args.wan, dtype)
+        self.prompts = args.prompts.read_text().splitlines()
+        told = [*self.prompts, args.negative]
+        self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
+        self.checksum = zlib.crc32(repr(told).encode())
+
+    def text(self, captions):
+        """(B, text_len, text_dim)"""
+        text = [self.features[caption][0] for caption in captions]
+        text[0] = pad(text[0], (0, 0, 0, self.cfg.text_len - len(text[0])))
+        return nn.utils.rnn.pad_sequence(text, True).to(torch.get_default_device())
+
+    def decode(self, latents):
+        return self.vae.decode(latents, {})
+
+
+class FullRun(Run):
+    """A Run on all the processes of torchrun. Each has its n samples of a batch and its part of every
+    model, gradient and optimizer state (FSDP2). Its models start from the files that args name."""
+    def __init__(self, cfg, teacher_cfg, args, dtype):
+        from torch.distributed import tensor                         # late: it takes half a second
+        self.tensor, self.args, self.dtype, self.teacher_cfg = tensor, args, dtype, teacher_cfg
+        self.processes, self.clock = int(os.environ["WORLD_SIZE"]), time.perf_counter()
+        device = torch.get_default_device().type
+        mesh = torch.distributed.init_device_mesh(device, (self.processes,))
+        self.rank, self.layout = mesh.get_rank(), (mesh, [tensor.Shard(0)])
+        self.turns = cfg.batch // self.processes // args.micro
+        self.negative, self.reward = args.negative, VideoAlign(args.reward).reward
+        super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
+
+    def model(self, stage):
+        path = self.args.weights if stage == "ode" else self.args.teacher
+        return self.open(path, self.cfg, torch.float32)
+
+    def teacher(self):                       # never trained: bf16 is enough
+        return self.open(self.args.teacher_14b or self.args.teacher, self.teacher_cfg, self.dtype)
+
+    def open(self, path, cfg, kept):
+        """A model whose parameters are kept in parts, in the type `kept`. A block is put together in
+        bf16 while it runs; gradients are averaged in float32.
+
+        A block's activations are not kept but computed again in the backward pass. That is exact:
+        a block depends on its arguments alone, and regress goes back before the context moves on.
+        """
+        from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                            register_fsdp_forward_method)
+        with torch.device("meta"):
+            model = VideoTransformer(cfg)
+        load_weights(model, path)
+        policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        for module in [*model.blocks, model]:
+            # Cut again after every pass: else a rollout leaves whole parameters, soon outdated.
+            fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
+            register_fsdp_forward_method(module, "embed_text")
+        return model
+
+    def own(self, x):
+        return x.chunk(self.processes)[self.rank]
+
+    def whole(self, x):
+        return self.tensor.DTensor.from_local(x, *self.layout).full_tensor()
+
+    def cut(self, state):
+        def part(p):
+            if p.dim() == 0:                 # a count of steps
+                return p
+            return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
+        return tree_map_only(torch.Tensor, part, state)
+
+    def join(self, state):
+        """On the CPU of the first process, None on others."""
+        def whole(p):
+            p = p.full_tensor()
+            return None if self.rank else p.cpu()
+        return tree_map_only(self.tensor.DTensor, whole, state)
+
+    def log(self, numbers):
+        """Their means over the processes; seconds since the last call; on a GPU, GB of memory at its
+        highest and the part of the peak FLOP/s that the model's own, without recomputing, are."""
+        means = self.whole(torch.tensor([list(numbers.values())])).mean(0)
+        before, self.clock = self.clock, time.perf_counter()
+        seconds, cfg = self.clock - before, self.cfg
+        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if torch.cuda.is_available():
+            flops = step_flops(cfg, self.teacher_cfg, 3) * cfg.batch / self.processes
+            speed["memory"] = torch.cuda.max_memory_allocated() / 1e9
+            speed["utilisation"] = flops / seconds / PEAK
+        return dict(zip(numbers, means.tolist())) | speed
+
+
+PEAK, RATE = 989e12, 450e12                  # FLOP/s of an H100 in bf16: on paper; in practice
+
+
+def step_flops(cfg, teacher, trained):
+    """FLOPs per sample of critic_ratio critic updates and one of the student. Those of a pass with
+    gradient are `trained` times those without: 3, or 4 where activations are computed again."""
+    def one_pass(cfg, frames, seen):
+        matrices = 6 * cfg.dim ** 2 + 2 * cfg.dim * cfg.ffn_dim      # in a block, for a token
+        attention = 2 * cfg.dim * (seen * cfg.rows * cfg.cols + cfg.text_len)
+        return 2 * cfg.layers * frames * cfg.rows * cfg.cols * (matrices + attention)
+    ends = range(cfg.chunk, cfg.clip + 1, cfg.chunk)
+    chunks = sum(one_pass(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
+    whole = one_pass(cfg, cfg.clip, cfg.clip)
+    rollout = chunks * (cfg.denoise_steps + 3) / 2                   # half of them, and the clean one
+    critic = rollout + trained * whole
+    decoding = 13.5e12 * cfg.clip                                    # Wan2.1's VAE
+    judging = whole + 2 * one_pass(teacher, cfg.clip, cfg.clip)      # with and without caption
+    return cfg.critic_ratio * critic + rollout + decoding + judging + chunks * (trained + 1)
+
+
+def plan(cfg, teacher, micro, processes):
+    """{what: GB of one GPU}, and the seconds of a step, at the paper's sizes."""
+    with torch.device("meta"):
+        ours, theirs = (sum(p.numel() for p in VideoTransformer(c).parameters())
+                        for c in (cfg, teacher))
+    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
+    widths = 20 + 2 * cfg.ffn_dim / cfg.dim                          # kept inside a block, / dim
+    rows = {
+        "student, critic: weight, gradient, 2 moments": 2 * 16 * ours / processes,
+        "average, in float32; teacher, in bf16": (4 * ours + 2 * theirs) / processes,
+        "VAE and reward": 5e9,
+        "rollout: keys and values": 2 * cfg.layers * frame * 2 * cfg.window,
+        "critic's pass: every block's input": cfg.layers * frame * cfg.clip,
+        "one block inside, and its gradients": 2 * frame * cfg.clip * widths,
+    }
+    rows["in all"] = sum(rows.values())
+    rows["seconds a step"] = step_flops(cfg, teacher, 4) * cfg.batch / processes / RATE * 1e9
+    return rows
+
+
+def train_full(args, given, dtype):
+    """Re-DMD of the 1.3B model, by torchrun; or, --dry-run, what that needs on 1, 8 and 64 GPUs."""
+    cfg = replace(PRESETS["full"], **given)
+    teacher = replace(cfg, **TEACHER_14B) if args.teacher_14b else cfg
+    counts = [1, 8, 64]
+    if args.train:
+        check("RANK" in os.environ, "start it by: torchrun --nproc-per-node 8 reward_forcing.py "
+              "--full --train, also on one GPU")
+        check(args.weights and args.teacher and args.wan and args.prompts and args.reward,
+              "--train needs --weights, --teacher, --wan, --prompts and --reward")
+        counts = [int(os.environ["WORLD_SIZE"])]
+        check_multiple("batch", cfg.batch, counts[0] * args.micro)
+    plans = [plan(cfg, teacher, args.micro, count) for count in counts]
+    print(f"{'GB of each GPU':50}", *(f"{count:7}" for count in counts))
+    for name in plans[0]:
+        print(f"{name:50}", *(f"{plan[name] / 1e9:7.1f}" for plan in plans))
+    if args.train:
+        try:
+            train_student(FullRun(cfg, teacher, args, dtype))
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------- Command line
 @dataclass
 class Options:
@@ -1114,13 +1368,21 @@ class Options:
     toy: bool = False               # train what --out lacks, stream, write the report
     ablate: bool = False            # with --toy: both ideas against their controls
     stream: bool = False            # stream --prompt with the student in --out, or with --full
-    full: bool = False              # with --stream or --bench: the 1.3B model
+    full: bool = False              # with --stream, --bench or --train: the 1.3B model
+    train: bool = False             # with --full, by torchrun: Re-DMD from --weights
+    dry_run: bool = False           # with --full: print what --train needs, for 1, 8 and 64 GPUs
     bench: bool = False             # with --full: measure speed; random weights if none are given
     compile: bool = False           # compile the blocks: slow to start, then faster
     prompt: str = ""
     frames: int = 0                 # video frames to stream; 0: 240 in the toy, 81 at full size
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
+    teacher: Path = None            # with --train: Wan2.1-T2V-1.3B, the teacher and first critic
+    teacher_14b: Path = None        # with --train: Wan2.1-T2V-14B, the teacher instead
+    prompts: Path = None            # with --train: a text file, one prompt a line
+    negative: str = ""              # with --train: what guidance leads away from
+    reward: str = ""                # with --train: videoalign:FOLDER
+    micro: int = 1                  # with --train: samples on a GPU at a time
     out: Path = Path("out")         # folder of all that is written
     data: Path = Path(__file__).parent / "tiny_data/world.npz"
     from_scratch: bool = False      # with --toy: train a small teacher too
@@ -1138,7 +1400,7 @@ def check(fine, message):
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "seed"
+    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "ema_start", "seed"
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if f.type is not bool:
@@ -1174,8 +1436,12 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         window=9, alpha=0.99, sigma_shift=5.0,
-        clip=21, guidance=3.0, beta=0.5),
+        clip=21, batch=64, guidance=3.0, beta=0.5,
+        distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
+        weight_ema=0.99, ema_start=40,       # starts the average at 200
+        adamw=True, student_lr=2e-6, critic_lr=4e-7, critic_clip=10.0),
 }
+TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
 def parse(argv):
@@ -1220,7 +1486,7 @@ def open_full(args, given, dtype):
     vae, text = None, torch.zeros(1, cfg.text_len, cfg.text_dim)
     if args.wan:
         vae = WanVAE(args.wan, dtype)
-        text = wan_text(args.prompt, args.wan, cfg, dtype)
+        [text] = wan_text([args.prompt], args.wan, cfg, dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg).to(dtype)
@@ -1261,18 +1527,22 @@ def main(argv=None):
         args.frames = args.frames or (81 if args.full else 240)
         cuda = torch.cuda.is_available()
         if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_default_device("cuda")
         dtype = torch.bfloat16 if cuda and args.full else torch.float32
         print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.full and (args.train or args.dry_run):
+            train_full(args, given, dtype)
+            return 0
         if args.stream or args.bench:
             stream_command(args, given, dtype)
             return 0
         check(args.toy and not args.full, "say what to do: --toy or --stream; --full goes with "
-              "--stream or --bench")
+              "--stream or --bench, --train or --dry-run")
         cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
         cfg.chunks_in(args.frames)
-        run = Run(cfg, args.out, args.data)
+        run = Run(cfg, args.out, ToyWorld(cfg, args.data))
         if not args.from_scratch:
             run.state["stages"].setdefault(
                 "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
