@@ -459,8 +459,8 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
 
 
 def guided_x0(teacher, xt, sigma, text, guidance, negative=0.0):
-    """Classifier-free guidance: x0 = cond + guidance (cond - uncond), uncond being told the features
-    of a negative prompt (1, T, text_dim); in the toy no text, which is all zeros."""
+    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told a negative
+    prompt (1, text_len, text_dim); no text is all zeros."""
     negative = torch.zeros_like(text) + negative
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
     uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
@@ -613,7 +613,7 @@ def train_student(run):
     or that is given no time to, ends where the weights have pulled it.
     """
     cfg = run.cfg
-    teacher, critic = run.teacher(), run.model("teacher")
+    teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("ode"), run.model("ode")            # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
@@ -621,7 +621,6 @@ def train_student(run):
     # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
     # student = teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
-    even = torch.ones(cfg.batch)
     negative = run.world.text([run.negative])
     stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
                   *student_optimizers, *critic_optimizers)
@@ -630,34 +629,32 @@ def train_student(run):
         set_seed(cfg.seed, "student", step)
         progress = step / cfg.distill_steps
         for _ in range(cfg.critic_ratio):
-            x, _, _, captions, _ = run.draw_samples(student)
-            weight = weigh(run.judge(x, captions)) if cfg.tilt else even
-            batch = x, run.world.text(captions), run.draw_sigma(), run.draw_noise(), run.own(weight)
             critic_loss = 0.0
-            for x, text, sigma, noise, weight in run.split(*batch):
-                text_kv = critic.embed_text(text)
+            for _ in run.each_turn():
+                x, _, _, captions, _ = run.draw_samples(student)
+                weight = weigh(run.judge(x, captions)) if cfg.tilt else 1.0
+                sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
+                text_kv = critic.embed_text(run.world.text(captions))
                 loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, cfg.critic_clip, progress)
 
-        x, noisy, exit_sigma, captions, cache = run.draw_samples(student)
-        reward = run.judge(x, captions)                                      # (batch,)
-        if cfg.shuffle:
+        samples = [run.draw_samples(student) for _ in run.each_turn()]
+        reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
+        if cfg.shuffle:                                                      # (batch,)
             reward = reward[torch.randperm(cfg.batch)]
         weight = weigh(reward)
-        own_weight = run.own(even if cfg.tilt else weight)
-        batch = (x, noisy, exit_sigma, run.world.text(captions), run.draw_sigma(),
-                 run.draw_noise(), own_weight)
         loss = gap = 0.0
-        for x, noisy, exit_sigma, text, sigma, noise, one_weight in run.split(*batch):
-            xt = add_noise(x, noise, sigma)
+        for _, (x, noisy, exit_sigma, captions, cache) in zip(run.each_turn(), samples):
+            text, sigma = run.world.text(captions), run.draw_sigma()
+            xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
             with torch.no_grad():
                 x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance, negative)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
-            loss += regress(student, text, cfg, noisy, exit_sigma, x, target,
-                            one_weight / run.turns)
+            factor = 1.0 if cfg.tilt else run.own(weight)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns)
             gap += (x0_real - x0_fake).abs().mean().item() / run.turns
         grad_norm = update(student, student_optimizers, 10.0, progress)
         keep = cfg.weight_ema if step >= cfg.ema_start else 0
@@ -842,10 +839,10 @@ def set_seed(*what):
 
 
 def make_optimizers(model, lr):
-    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest, or, as
-    in the paper, for all."""
+    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest. With
+    --adamw, as in the paper, that for all."""
     if model.cfg.adamw:
-        return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.01)]
+        return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
     return [torch.optim.Muon(matrices, lr, weight_decay=0.01, eps=1e-30),
@@ -887,10 +884,13 @@ def load_checkpoint(path):
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
-    turns micro batches make a batch, to save memory; in the toy one. The methods that do nothing
-    here are those of a run on several GPUs: see FullRun.
+    A batch is computed in some turns by some processes (see FullRun), in the toy in one by one. All
+    draw the same random numbers, for the whole batch, and keep those of their own n samples: any
+    number of turns and processes trains alike, and all processes stop a rollout at the same step.
     """
-    rank, turns, reward, negative = 0, 1, staticmethod(motion_reward), ""
+    turns, turn, processes, rank = 1, 0, 1, 0
+    whole = cut = join = complete = staticmethod(lambda x: x)
+    reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
         self.cfg, self.out, self.world = cfg, out, world
@@ -903,49 +903,33 @@ class Run:
                   "choose another --out")
 
     def model(self, stage=None):
-        """A VideoTransformer with the weights that a stage made, or fresh."""
+        """A VideoTransformer with the weights that a stage made, or fresh. The critic starts as the
+        teacher."""
         set_seed(self.cfg.seed)
         model = VideoTransformer(self.cfg)
         if stage:
             try:
-                model.load_state_dict(self.state["stages"][stage]["parts"][0])
+                stages = self.state["stages"]
+                model.load_state_dict(stages.get(stage, stages["teacher"])["parts"][0])
             except RuntimeError:
                 raise BadInput("the shipped teacher does not fit these flags: add --from-scratch")
         return model
 
-    def teacher(self):
-        return self.model("teacher")
+    def each_turn(self):
+        """For each turn: self.turn is its number, and random numbers are the same as in the others."""
+        generator = torch.cuda if torch.cuda.is_available() else torch
+        state = generator.get_rng_state()
+        for self.turn in range(self.turns):
+            generator.set_rng_state(state)
+            yield
 
     def own(self, x):
-        """The part of this process, n samples, of what the whole batch has."""
-        return x
-
-    def whole(self, x):
-        """The inverse of own."""
-        return x
-
-    def cut(self, state):
-        """A state dict, as models and optimizers of this run take it."""
-        return state
-
-    def join(self, state):
-        """The inverse of cut."""
-        return state
-
-    def log(self, numbers):
-        return numbers
-
-    def split(self, *batch):
-        """Yield the samples that are computed at a time, of tensors or lists of n."""
-        size = len(batch[0]) // self.turns
-        for i in range(self.turns):
-            yield [x[i * size:(i + 1) * size] for x in batch]
+        """The n samples of this turn and process, of what the whole batch has."""
+        return x.chunk(self.turns * self.processes)[self.turn * self.processes + self.rank]
 
     def judge(self, x, captions):
-        """The rewards (batch,) of all samples; x (n, F, C, h, w) and n captions are this process'."""
-        rewards = [self.reward(self.world.decode(x), captions)
-                   for x, captions in self.split(x, captions)]
-        return self.whole(torch.cat(rewards))
+        """The rewards of this turn, of all processes, for x (n, F, C, h, w) and n captions."""
+        return self.whole(self.reward(self.world.decode(x, {}), captions))
 
     def draw_clips(self):
         """Random cuts of random clips, as latents, and their text, some of it dropped."""
@@ -963,30 +947,22 @@ class Run:
         u = self.own(torch.rand(self.cfg.batch))
         return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
 
-    def draw_noise(self, frames=None):
+    def draw_noise(self, frames):
         """(n, F, C, h, w)"""
-        cfg = self.cfg
-        return self.own(torch.randn(cfg.batch, frames or cfg.clip, *cfg.latent))
+        return self.own(torch.randn(self.cfg.batch, frames, *self.cfg.latent))
 
     def draw_samples(self, student):
         """The student's clips x (n, F, C, h, w), all stopped at one random step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their captions; the cache.
-
-        Every process draws for the whole batch and keeps its own: any number of processes makes
-        the same samples, and all stop at the same step."""
-        cfg, prompts, made = self.cfg, self.world.prompts, []
+        they were predicted from; that step's sigma (n, F); their captions; the cache."""
+        cfg, prompts = self.cfg, self.world.prompts
         picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
         captions = [prompts[i] for i in picked]
-        steps = torch.randint(cfg.denoise_steps, ()).item() + 1
-        chunks = cfg.clip // cfg.chunk
-        noise = torch.stack([self.draw_noise(cfg.chunk) for _ in range(chunks * steps)], 1)
-        for text, noise in self.split(self.world.text(captions), noise):
-            def draw(chunk, step):
-                return noise[:, chunk * steps + step]
-            cache = EMASinkCache(cfg)
-            rolled = rollout(student, text, cfg, draw, chunks, steps, cache)
-            made.append([torch.cat(frames, 1) for frames in zip(*rolled)])
-        x, noisy = map(torch.cat, zip(*made))
+        steps = torch.randint(cfg.denoise_steps, ()) + 1
+        cache = EMASinkCache(cfg)
+        chunks = rollout(student, self.world.text(captions), cfg,
+                         lambda chunk, step: self.draw_noise(cfg.chunk),
+                         cfg.clip // cfg.chunk, steps, cache)
+        x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
         sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
         return x, noisy, sigma, captions, cache
 
@@ -1011,7 +987,7 @@ class Stage:
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate in another --out")
-        numbers = self.run.log(numbers)
+        numbers = self.run.complete(numbers)
         state, last = self.run.state, step + 1 == self.steps
         if last or step % 10 == 0:
             self.bar.set_postfix(numbers)
@@ -1168,7 +1144,7 @@ def wan_text(prompts, folder, cfg, dtype):
     for prompt in prompts:
         tokens = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=cfg.text_len)
         encoded = encoder(tokens.input_ids.to(encoder.device))
-        features.append(encoded.last_hidden_state)
+        features.append(encoded.last_hidden_state.cpu())
     return features
 
 
@@ -1201,164 +1177,152 @@ class WanVAE:
 
 
 # ------------------------------------------------------------------------ Training at full size
-class PromptWorld:
-    """What ToyWorld is to the toy: the lines of a text file; their features, which are made once,
-    before a model is loaded; and the VAE, through which the reward sees the samples."""
+class PromptWorld(WanVAE):
+    """What ToyWorld is to the toy: the lines of a text file, their features, which are made once,
+    before a model is loaded, and the VAE, through which the reward sees the samples."""
     def __init__(self, args, cfg, dtype):
-        self.cfg, self.vae = cfg, WanVAE(args.wan, dtype)
-        self.prompts = args.prompts.read_text().splitlines()
+        super().__init__(args.wan, dtype)
+        self.cfg, self.prompts = cfg, args.prompts.read_text().splitlines()
         told = [*self.prompts, args.negative]
         self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
         self.checksum = zlib.crc32(repr(told).encode())
 
     def text(self, captions):
         """(B, text_len, text_dim)"""
-        text = [self.features[caption][0] for caption in captions]
-        text[0] = pad(text[0], (0, 0, 0, self.cfg.text_len - len(text[0])))
-        return nn.utils.rnn.pad_sequence(text, True).to(torch.get_default_device())
-
-    def decode(self, latents):
-        return self.vae.decode(latents, {})
+        told = [self.features[caption] for caption in captions]
+        return torch.cat([pad(x, (0, 0, 0, self.cfg.text_len - x.shape[1])) for x in told])
 
 
 class FullRun(Run):
-    """A Run on all the processes of torchrun. Each has its n samples of a batch and its part of every
-    model, gradient and optimizer state (FSDP2). Its models start from the files that args name."""
-    def __init__(self, cfg, teacher_cfg, args, dtype):
+    """A Run on all processes that torchrun started, each with a part of every parameter, gradient
+    and moment (FSDP2). Its models start from files."""
+    def __init__(self, cfg, teacher, args, dtype):
         from torch.distributed import tensor                         # late: it takes half a second
-        self.tensor, self.args, self.dtype, self.teacher_cfg = tensor, args, dtype, teacher_cfg
-        self.processes, self.clock = int(os.environ["WORLD_SIZE"]), time.perf_counter()
+        self.processes = int(os.environ["WORLD_SIZE"])
+        self.turns = cfg.batch // self.processes // args.micro
         device = torch.get_default_device().type
         mesh = torch.distributed.init_device_mesh(device, (self.processes,))
-        self.rank, self.layout = mesh.get_rank(), (mesh, [tensor.Shard(0)])
-        self.turns = cfg.batch // self.processes // args.micro
-        self.negative, self.reward = args.negative, VideoAlign(args.reward).reward
+        self.tensor, self.rank, self.layout = tensor, mesh.get_rank(), (mesh, [tensor.Shard(0)])
+        self.dtype, self.clock = dtype, time.perf_counter()
+        self.models = {                      # config, file, type in which parameters are kept
+            "teacher": (teacher, args.teacher_14b or args.teacher, dtype),
+            "critic": (cfg, args.teacher, torch.float32),
+            "ode": (cfg, args.weights, torch.float32),
+        }
+        self.negative = args.negative
+        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:"))).reward
         super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
 
     def model(self, stage):
-        path = self.args.weights if stage == "ode" else self.args.teacher
-        return self.open(path, self.cfg, torch.float32)
-
-    def teacher(self):                       # never trained: bf16 is enough
-        return self.open(self.args.teacher_14b or self.args.teacher, self.teacher_cfg, self.dtype)
-
-    def open(self, path, cfg, kept):
-        """A model whose parameters are kept in parts, in the type `kept`. A block is put together in
-        bf16 while it runs; gradients are averaged in float32.
-
-        A block's activations are not kept but computed again in the backward pass. That is exact:
-        a block depends on its arguments alone, and regress goes back before the context moves on.
-        """
-        from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                            register_fsdp_forward_method)
+        """A model in parts. A block is put together, in bf16, while it runs. Its activations are not
+        kept but computed again in the backward pass, which is exact: a block depends on nothing
+        but its arguments, and regress goes back before the context moves on."""
+        from torch.distributed import fsdp
+        cfg, path, kept = self.models[stage]
         with torch.device("meta"):
             model = VideoTransformer(cfg)
         load_weights(model, path)
-        policy = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        policy = fsdp.MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         for module in [*model.blocks, model]:
-            # Cut again after every pass: else a rollout leaves whole parameters, soon outdated.
-            fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
-            register_fsdp_forward_method(module, "embed_text")
+            # Back to parts after every pass: what a rollout left together would soon be outdated.
+            fsdp.fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
+            fsdp.register_fsdp_forward_method(module, "embed_text")
         return model
 
-    def own(self, x):
-        return x.chunk(self.processes)[self.rank]
-
     def whole(self, x):
+        """What all processes have of a batch, from what this one has."""
         return self.tensor.DTensor.from_local(x, *self.layout).full_tensor()
 
     def cut(self, state):
+        """A state dict's tensors in parts."""
         def part(p):
-            if p.dim() == 0:                 # a count of steps
-                return p
-            return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
+            if p.dim():                      # others count steps
+                p = self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
+            return p
         return tree_map_only(torch.Tensor, part, state)
 
     def join(self, state):
-        """On the CPU of the first process, None on others."""
+        """The inverse, on the CPU of the first process."""
         def whole(p):
             p = p.full_tensor()
             return None if self.rank else p.cpu()
         return tree_map_only(self.tensor.DTensor, whole, state)
 
-    def log(self, numbers):
-        """Their means over the processes; seconds since the last call; on a GPU, GB of memory at its
-        highest and the part of the peak FLOP/s that the model's own, without recomputing, are."""
+    def complete(self, numbers):
+        """Means over the processes, and since the last call: seconds, tokens rolled out per second,
+        on a GPU the most GB in use, and model FLOPs as a part of the peak."""
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0)
         before, self.clock = self.clock, time.perf_counter()
-        seconds, cfg = self.clock - before, self.cfg
-        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
-        speed = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        pace = self.cfg.batch / (self.clock - before)                # samples per second
+        tokens, flops, _ = step_cost(self.cfg, self.models["teacher"][0])
+        numbers = dict(zip(numbers, means.tolist())) | {"tokens_per_second": tokens * pace}
         if torch.cuda.is_available():
-            flops = step_flops(cfg, self.teacher_cfg, 3) * cfg.batch / self.processes
-            speed["memory"] = torch.cuda.max_memory_allocated() / 1e9
-            speed["utilisation"] = flops / seconds / PEAK
-        return dict(zip(numbers, means.tolist())) | speed
+            numbers["memory"] = torch.cuda.max_memory_allocated() / 1e9
+            numbers["utilisation"] = flops * pace / self.processes / PEAK
+        return numbers
 
 
 PEAK, RATE = 989e12, 450e12                  # FLOP/s of an H100 in bf16: on paper; in practice
 
 
-def step_flops(cfg, teacher, trained):
-    """FLOPs per sample of critic_ratio critic updates and one of the student. Those of a pass with
-    gradient are `trained` times those without: 3, or 4 where activations are computed again."""
+def step_cost(cfg, teacher):
+    """Per sample, of critic_ratio critic updates and one of the student: tokens rolled out; FLOPs of
+    the model, a pass with gradient counting 3; FLOPs, its activations being computed again."""
+    frame = cfg.rows * cfg.cols
+
     def one_pass(cfg, frames, seen):
-        matrices = 6 * cfg.dim ** 2 + 2 * cfg.dim * cfg.ffn_dim      # in a block, for a token
-        attention = 2 * cfg.dim * (seen * cfg.rows * cfg.cols + cfg.text_len)
-        return 2 * cfg.layers * frames * cfg.rows * cfg.cols * (matrices + attention)
+        matrices = 6 * cfg.dim + 2 * cfg.ffn_dim
+        attention = 2 * (seen * frame + cfg.text_len)
+        return 2 * cfg.layers * cfg.dim * frames * frame * (matrices + attention)
     ends = range(cfg.chunk, cfg.clip + 1, cfg.chunk)
     chunks = sum(one_pass(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
-    whole = one_pass(cfg, cfg.clip, cfg.clip)
-    rollout = chunks * (cfg.denoise_steps + 3) / 2                   # half of them, and the clean one
-    critic = rollout + trained * whole
-    decoding = 13.5e12 * cfg.clip                                    # Wan2.1's VAE
-    judging = whole + 2 * one_pass(teacher, cfg.clip, cfg.clip)      # with and without caption
-    return cfg.critic_ratio * critic + rollout + decoding + judging + chunks * (trained + 1)
+    clip, judged = (one_pass(c, cfg.clip, cfg.clip) for c in (cfg, teacher))
+    rollouts = cfg.critic_ratio + 1
+    passes = (cfg.denoise_steps + 3) / 2                             # on average, the clean one too
+    decoded = 13.5e12 * cfg.clip                                     # by Wan2.1's VAE
+    untrained = rollouts * passes * chunks + decoded + clip + 2 * judged + chunks
+    trained = cfg.critic_ratio * clip + chunks
+    return rollouts * cfg.clip * frame, untrained + 3 * trained, untrained + 4 * trained
 
 
-def plan(cfg, teacher, micro, processes):
-    """{what: GB of one GPU}, and the seconds of a step, at the paper's sizes."""
+def plan(cfg, teacher, micro, counts):
+    """Print what each of so many H100 needs for a step: GB and seconds, from shapes alone."""
     with torch.device("meta"):
         ours, theirs = (sum(p.numel() for p in VideoTransformer(c).parameters())
                         for c in (cfg, teacher))
-    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
-    widths = 20 + 2 * cfg.ffn_dim / cfg.dim                          # kept inside a block, / dim
-    rows = {
-        "student, critic: weight, gradient, 2 moments": 2 * 16 * ours / processes,
-        "average, in float32; teacher, in bf16": (4 * ours + 2 * theirs) / processes,
-        "VAE and reward": 5e9,
-        "rollout: keys and values": 2 * cfg.layers * frame * 2 * cfg.window,
-        "critic's pass: every block's input": cfg.layers * frame * cfg.clip,
-        "one block inside, and its gradients": 2 * frame * cfg.clip * widths,
+    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of a frame in bf16
+    inside = 2 * (20 + 2 * cfg.ffn_dim / cfg.dim)                    # what a block keeps, gradients
+    rows = {                                                         # of all, and of each GPU
+        "student, critic: weight, gradient, 2 moments": (2 * 16 * ours, 0),
+        "average in float32, teacher in bf16": (4 * ours + 2 * theirs, 0),
+        "VAE and reward": (0, 5e9),
+        "rollout: keys and values": (0, cfg.layers * frame * 4 * cfg.window),
+        "critic: input of every block, one inside": (0, frame * cfg.clip * (cfg.layers + inside)),
     }
-    rows["in all"] = sum(rows.values())
-    rows["seconds a step"] = step_flops(cfg, teacher, 4) * cfg.batch / processes / RATE * 1e9
-    return rows
+    rows["GB"] = map(sum, zip(*rows.values()))
+    rows["seconds"] = step_cost(cfg, teacher)[2] * cfg.batch / RATE * 1e9, 0
+    print(f"{'GPUs':45}", *(f"{count:8}" for count in counts))
+    for name, (shared, each) in rows.items():
+        print(f"{name:45}", *(f"{(shared / count + each) / 1e9:8.1f}" for count in counts))
 
 
 def train_full(args, given, dtype):
-    """Re-DMD of the 1.3B model, by torchrun; or, --dry-run, what that needs on 1, 8 and 64 GPUs."""
+    """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
     cfg = replace(PRESETS["full"], **given)
     teacher = replace(cfg, **TEACHER_14B) if args.teacher_14b else cfg
     counts = [1, 8, 64]
     if args.train:
-        check("RANK" in os.environ, "start it by: torchrun --nproc-per-node 8 reward_forcing.py "
-              "--full --train, also on one GPU")
+        check("WORLD_SIZE" in os.environ, "--train is started by torchrun, also on one GPU: see --help")
         check(args.weights and args.teacher and args.wan and args.prompts and args.reward,
-              "--train needs --weights, --teacher, --wan, --prompts and --reward")
+              "--train needs --weights, --teacher, --wan, --prompts and --reward: see --help")
         counts = [int(os.environ["WORLD_SIZE"])]
         check_multiple("batch", cfg.batch, counts[0] * args.micro)
-    plans = [plan(cfg, teacher, args.micro, count) for count in counts]
-    print(f"{'GB of each GPU':50}", *(f"{count:7}" for count in counts))
-    for name in plans[0]:
-        print(f"{name:50}", *(f"{plan[name] / 1e9:7.1f}" for plan in plans))
+    plan(cfg, teacher, args.micro, counts)
     if args.train:
-        try:
-            train_student(FullRun(cfg, teacher, args, dtype))
-        finally:
-            torch.distributed.destroy_process_group()
+        train_student(FullRun(cfg, teacher, args, dtype))
+        torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------- Command line
@@ -1527,12 +1491,11 @@ def main(argv=None):
         args.frames = args.frames or (81 if args.full else 240)
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_default_device("cuda")
         dtype = torch.bfloat16 if cuda and args.full else torch.float32
         print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.full and (args.train or args.dry_run):
+        if args.train or args.dry_run:
             train_full(args, given, dtype)
             return 0
         if args.stream or args.bench:
