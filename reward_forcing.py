@@ -101,7 +101,6 @@ class Config:
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     tilt: bool = False              # weight the critic's loss instead of the student's
     shuffle: bool = False           # weight each sample by the reward of another: the control
-    critic_clip: float = 1.0        # largest norm of the critic's gradient; the student's: 10
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
     ema_start: int = 0              # student updates before it averages; until then it is a copy
     adamw: bool = False             # AdamW(0, .999), constant rate, instead of Muon with a schedule
@@ -458,10 +457,10 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
     return (weight * norm(velocity - (noise - x0))).mean()
 
 
-def guided_x0(teacher, xt, sigma, text, guidance, negative=0.0):
+def guided_x0(teacher, xt, sigma, text, negative, guidance):
     """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told a negative
-    prompt (1, text_len, text_dim); no text is all zeros."""
-    negative = torch.zeros_like(text) + negative
+    prompt (1, T, text_dim); no text is all zeros."""
+    negative = negative.expand(len(text), -1, -1)
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
     uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
     return cond + guidance * (cond - uncond)
@@ -533,11 +532,11 @@ def teacher_trajectory(teacher, noise, text, cfg):
     An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
         x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
     """
-    sigmas = cfg.schedule(cfg.sample_steps)
+    sigmas, nothing = cfg.schedule(cfg.sample_steps), torch.zeros_like(text[:1])
     x, path = noise, []
     for i in range(cfg.sample_steps):
         path.append(x)
-        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, cfg.guidance)
+        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, nothing, cfg.guidance)
         x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
     stride = cfg.sample_steps // cfg.denoise_steps
     return torch.stack([*path[::stride], x], 1)
@@ -617,6 +616,7 @@ def train_student(run):
     student, average = run.model("ode"), run.model("ode")            # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
+    critic_clip = 10.0 if cfg.adamw else 1.0
     # Beyond the paper, --tilt: a critic trained with weights exp(-reward / beta) models
     # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
     # student = teacher * exp(reward / beta).
@@ -638,7 +638,7 @@ def train_student(run):
                 loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
-            update(critic, critic_optimizers, cfg.critic_clip, progress)
+            update(critic, critic_optimizers, critic_clip, progress)
 
         samples = [run.draw_samples(student) for _ in run.each_turn()]
         reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
@@ -650,7 +650,7 @@ def train_student(run):
             text, sigma = run.world.text(captions), run.draw_sigma()
             xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
             with torch.no_grad():
-                x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance, negative)
+                x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
             factor = 1.0 if cfg.tilt else run.own(weight)
@@ -916,7 +916,7 @@ class Run:
         return model
 
     def each_turn(self):
-        """For each turn: self.turn is its number, and random numbers are the same as in the others."""
+        """Set self.turn to 0, 1, ...; each turn draws the same random numbers."""
         generator = torch.cuda if torch.cuda.is_available() else torch
         state = generator.get_rng_state()
         for self.turn in range(self.turns):
@@ -1182,46 +1182,41 @@ class PromptWorld(WanVAE):
     before a model is loaded, and the VAE, through which the reward sees the samples."""
     def __init__(self, args, cfg, dtype):
         super().__init__(args.wan, dtype)
-        self.cfg, self.prompts = cfg, args.prompts.read_text().splitlines()
+        self.prompts = args.prompts.read_text().splitlines()
         told = [*self.prompts, args.negative]
         self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
         self.checksum = zlib.crc32(repr(told).encode())
 
     def text(self, captions):
-        """(B, text_len, text_dim)"""
-        told = [self.features[caption] for caption in captions]
-        return torch.cat([pad(x, (0, 0, 0, self.cfg.text_len - x.shape[1])) for x in told])
+        """(B, T, text_dim), zero after the last token; T is the longest's."""
+        told = [self.features[caption][0] for caption in captions]
+        return nn.utils.rnn.pad_sequence(told, batch_first=True)
 
 
 class FullRun(Run):
-    """A Run on all processes that torchrun started, each with a part of every parameter, gradient
-    and moment (FSDP2). Its models start from files."""
-    def __init__(self, cfg, teacher, args, dtype):
+    """A Run on all processes of mesh, each with a part of every parameter, gradient and moment
+    (FSDP2). Its models start from files."""
+    def __init__(self, cfg, teacher, args, dtype, mesh):
         from torch.distributed import tensor                         # late: it takes half a second
-        self.processes = int(os.environ["WORLD_SIZE"])
-        self.turns = cfg.batch // self.processes // args.micro
-        device = torch.get_default_device().type
-        mesh = torch.distributed.init_device_mesh(device, (self.processes,))
-        self.tensor, self.rank, self.layout = tensor, mesh.get_rank(), (mesh, [tensor.Shard(0)])
-        self.dtype, self.clock = dtype, time.perf_counter()
-        self.models = {                      # config, file, type in which parameters are kept
-            "teacher": (teacher, args.teacher_14b or args.teacher, dtype),
-            "critic": (cfg, args.teacher, torch.float32),
-            "ode": (cfg, args.weights, torch.float32),
-        }
-        self.negative = args.negative
+        self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
+        self.rank, self.processes = mesh.get_rank(), mesh.size()
+        self.turns = cfg.batch // mesh.size() // args.micro
+        self.args, self.teacher, self.dtype = args, teacher, dtype
+        self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:"))).reward
         super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
 
     def model(self, stage):
-        """A model in parts. A block is put together, in bf16, while it runs. Its activations are not
-        kept but computed again in the backward pass, which is exact: a block depends on nothing
-        but its arguments, and regress goes back before the context moves on."""
+        """A model in parts. A block is put together, in bf16, while it runs. Its activations are
+        not kept but computed again in the backward pass, which is exact: a block depends on its
+        arguments alone, and regress goes back before the context moves on."""
         from torch.distributed import fsdp
-        cfg, path, kept = self.models[stage]
+        cfg, kept = self.cfg, torch.float32
+        if stage == "teacher":               # which is not trained
+            cfg, kept = self.teacher, self.dtype
         with torch.device("meta"):
             model = VideoTransformer(cfg)
-        load_weights(model, path)
+        load_weights(model, vars(self.args)[stage])
         policy = fsdp.MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -1238,9 +1233,9 @@ class FullRun(Run):
     def cut(self, state):
         """A state dict's tensors in parts."""
         def part(p):
-            if p.dim():                      # others count steps
-                p = self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
-            return p
+            if p.dim() == 0:                 # it counts steps
+                return p
+            return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
         return tree_map_only(torch.Tensor, part, state)
 
     def join(self, state):
@@ -1251,77 +1246,74 @@ class FullRun(Run):
         return tree_map_only(self.tensor.DTensor, whole, state)
 
     def complete(self, numbers):
-        """Means over the processes, and since the last call: seconds, tokens rolled out per second,
-        on a GPU the most GB in use, and model FLOPs as a part of the peak."""
+        """Means over the processes, and since the last call: tokens rolled out per second, the most
+        GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0)
         before, self.clock = self.clock, time.perf_counter()
-        pace = self.cfg.batch / (self.clock - before)                # samples per second
-        tokens, flops, _ = step_cost(self.cfg, self.models["teacher"][0])
-        numbers = dict(zip(numbers, means.tolist())) | {"tokens_per_second": tokens * pace}
-        if torch.cuda.is_available():
-            numbers["memory"] = torch.cuda.max_memory_allocated() / 1e9
-            numbers["utilisation"] = flops * pace / self.processes / PEAK
-        return numbers
+        cfg, pace = self.cfg, self.cfg.batch / (self.clock - before)         # samples per second
+        tokens = (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        flops = step_flops(cfg, self.teacher) / self.processes
+        return dict(zip(numbers, means.tolist()), tokens_per_second=pace * tokens,
+                    memory=torch.cuda.max_memory_allocated() / 1e9, utilisation=pace * flops / PEAK)
 
 
-PEAK, RATE = 989e12, 450e12                  # FLOP/s of an H100 in bf16: on paper; in practice
+PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
 
 
-def step_cost(cfg, teacher):
-    """Per sample, of critic_ratio critic updates and one of the student: tokens rolled out; FLOPs of
-    the model, a pass with gradient counting 3; FLOPs, its activations being computed again."""
+def pass_flops(cfg, frames, seen):
+    """FLOPs of linear layers and attention in one pass over frames that attend to `seen` frames."""
     frame = cfg.rows * cfg.cols
+    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * frame + cfg.text_len)
+    return 2 * cfg.layers * cfg.dim * frames * frame * width
 
-    def one_pass(cfg, frames, seen):
-        matrices = 6 * cfg.dim + 2 * cfg.ffn_dim
-        attention = 2 * (seen * frame + cfg.text_len)
-        return 2 * cfg.layers * cfg.dim * frames * frame * (matrices + attention)
+
+def step_flops(cfg, teacher):
+    """FLOPs per sample of critic_ratio critic updates and one of the student, as if no activation
+    were computed again: a pass with gradient counts as three."""
     ends = range(cfg.chunk, cfg.clip + 1, cfg.chunk)
-    chunks = sum(one_pass(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
-    clip, judged = (one_pass(c, cfg.clip, cfg.clip) for c in (cfg, teacher))
-    rollouts = cfg.critic_ratio + 1
-    passes = (cfg.denoise_steps + 3) / 2                             # on average, the clean one too
-    decoded = 13.5e12 * cfg.clip                                     # by Wan2.1's VAE
-    untrained = rollouts * passes * chunks + decoded + clip + 2 * judged + chunks
-    trained = cfg.critic_ratio * clip + chunks
-    return rollouts * cfg.clip * frame, untrained + 3 * trained, untrained + 4 * trained
+    chunks = sum(pass_flops(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
+    rollout = chunks * (cfg.denoise_steps + 3) / 2                   # mean exit, and the clean pass
+    clip = pass_flops(cfg, cfg.clip, cfg.clip)
+    guided = 2 * pass_flops(teacher, cfg.clip, cfg.clip)
+    decoded = 8.65e9 * cfg.clip * cfg.rows * cfg.cols                # by Wan2.1's VAE
+    student = rollout + decoded + guided + clip + (3 + 1) * chunks
+    return cfg.critic_ratio * (rollout + 3 * clip) + student
 
 
-def plan(cfg, teacher, micro, counts):
-    """Print what each of so many H100 needs for a step: GB and seconds, from shapes alone."""
+def plan(cfg, teacher, micro, processes):
+    """Print the GB that each GPU needs, and the seconds of a step, from shapes alone."""
     with torch.device("meta"):
         ours, theirs = (sum(p.numel() for p in VideoTransformer(c).parameters())
                         for c in (cfg, teacher))
-    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of a frame in bf16
-    inside = 2 * (20 + 2 * cfg.ffn_dim / cfg.dim)                    # what a block keeps, gradients
-    rows = {                                                         # of all, and of each GPU
-        "student, critic: weight, gradient, 2 moments": (2 * 16 * ours, 0),
-        "average in float32, teacher in bf16": (4 * ours + 2 * theirs, 0),
-        "VAE and reward": (0, 5e9),
-        "rollout: keys and values": (0, cfg.layers * frame * 4 * cfg.window),
-        "critic: input of every block, one inside": (0, frame * cfg.clip * (cfg.layers + inside)),
-    }
-    rows["GB"] = map(sum, zip(*rows.values()))
-    rows["seconds"] = step_cost(cfg, teacher)[2] * cfg.batch / RATE * 1e9, 0
-    print(f"{'GPUs':45}", *(f"{count:8}" for count in counts))
-    for name, (shared, each) in rows.items():
-        print(f"{name:45}", *(f"{(shared / count + each) / 1e9:8.1f}" for count in counts))
+    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
+    trained = 2 * 16 * ours / processes      # student, critic: weight, gradient, two moments
+    others = (4 * ours + 2 * theirs) / processes     # average in float32, teacher in bf16
+    cache = 4 * cfg.layers * frame * cfg.window      # keys and values, twice: see EMASinkCache
+    block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
+    critic = frame * cfg.clip * (cfg.layers + 2 * block)     # inputs; inside one, and gradients
+    judges = 5e9                             # VAE and VideoAlign
+    total = trained + others + cache + critic + judges
+    seconds = step_flops(cfg, teacher) * cfg.batch / processes / RATE
+    print(f"{processes} GPUs, GB of each: {trained / 1e9:.1f} student and critic, "
+          f"{others / 1e9:.1f} average and teacher, {cache / 1e9:.1f} cache, {critic / 1e9:.1f} "
+          f"critic's activations, {judges / 1e9:.1f} VAE and reward: {total / 1e9:.1f} in all; "
+          f"{seconds:.0f} s a step")
 
 
 def train_full(args, given, dtype):
     """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
     cfg = replace(PRESETS["full"], **given)
-    teacher = replace(cfg, **TEACHER_14B) if args.teacher_14b else cfg
-    counts = [1, 8, 64]
-    if args.train:
-        check("WORLD_SIZE" in os.environ, "--train is started by torchrun, also on one GPU: see --help")
-        check(args.weights and args.teacher and args.wan and args.prompts and args.reward,
-              "--train needs --weights, --teacher, --wan, --prompts and --reward: see --help")
-        counts = [int(os.environ["WORLD_SIZE"])]
-        check_multiple("batch", cfg.batch, counts[0] * args.micro)
-    plan(cfg, teacher, args.micro, counts)
-    if args.train:
-        train_student(FullRun(cfg, teacher, args, dtype))
+    teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
+    processes = int(os.environ.get("WORLD_SIZE", 0))
+    check(processes or args.dry_run, "start --train by torchrun --nproc-per-node N, N = 1 too")
+    for count in [1, 8, 64] if args.dry_run else [processes]:
+        check_multiple("batch", cfg.batch, count * args.micro)
+        plan(cfg, teacher, args.micro, count)
+    if not args.dry_run:
+        files = args.ode, args.critic, args.teacher, args.wan, args.prompts, args.reward
+        check(all(files), "--train needs --ode, --critic, --teacher, --wan, --prompts and --reward")
+        mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (processes,))
+        train_student(FullRun(cfg, teacher, args, dtype, mesh))
         torch.distributed.destroy_process_group()
 
 
@@ -1333,7 +1325,7 @@ class Options:
     ablate: bool = False            # with --toy: both ideas against their controls
     stream: bool = False            # stream --prompt with the student in --out, or with --full
     full: bool = False              # with --stream, --bench or --train: the 1.3B model
-    train: bool = False             # with --full, by torchrun: Re-DMD from --weights
+    train: bool = False             # with --full, by torchrun: Re-DMD from --ode
     dry_run: bool = False           # with --full: print what --train needs, for 1, 8 and 64 GPUs
     bench: bool = False             # with --full: measure speed; random weights if none are given
     compile: bool = False           # compile the blocks: slow to start, then faster
@@ -1341,8 +1333,10 @@ class Options:
     frames: int = 0                 # video frames to stream; 0: 240 in the toy, 81 at full size
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
-    teacher: Path = None            # with --train: Wan2.1-T2V-1.3B, the teacher and first critic
-    teacher_14b: Path = None        # with --train: Wan2.1-T2V-14B, the teacher instead
+    ode: Path = None                # with --train: where the student starts, as --weights
+    critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts
+    teacher: Path = None            # with --train: the same, or
+    large_teacher: bool = False     # with --train: Wan2.1-T2V-14B as --teacher
     prompts: Path = None            # with --train: a text file, one prompt a line
     negative: str = ""              # with --train: what guidance leads away from
     reward: str = ""                # with --train: videoalign:FOLDER
@@ -1403,7 +1397,7 @@ PRESETS = {
         clip=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
-        adamw=True, student_lr=2e-6, critic_lr=4e-7, critic_clip=10.0),
+        adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
