@@ -1280,41 +1280,43 @@ def step_flops(cfg, teacher):
     return cfg.critic_ratio * (rollout + 3 * clip) + student
 
 
-def plan(cfg, teacher, micro, processes):
-    """Print the GB that each GPU needs, and the seconds of a step, from shapes alone."""
+def plan(cfg, teacher, micro, counts):
+    """Print, for so many H100, the GB that each needs and the seconds of a step, by shapes alone."""
     with torch.device("meta"):
-        ours, theirs = (sum(p.numel() for p in VideoTransformer(c).parameters())
-                        for c in (cfg, teacher))
+        sizes = {c: sum(p.numel() for p in VideoTransformer(c).parameters())
+                 for c in {cfg, teacher}}
     frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
-    trained = 2 * 16 * ours / processes      # student, critic: weight, gradient, two moments
-    others = (4 * ours + 2 * theirs) / processes     # average in float32, teacher in bf16
     cache = 4 * cfg.layers * frame * cfg.window      # keys and values, twice: see EMASinkCache
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
     critic = frame * cfg.clip * (cfg.layers + 2 * block)     # inputs; inside one, and gradients
     judges = 5e9                             # VAE and VideoAlign
-    total = trained + others + cache + critic + judges
-    seconds = step_flops(cfg, teacher) * cfg.batch / processes / RATE
-    print(f"{processes} GPUs, GB of each: {trained / 1e9:.1f} student and critic, "
-          f"{others / 1e9:.1f} average and teacher, {cache / 1e9:.1f} cache, {critic / 1e9:.1f} "
-          f"critic's activations, {judges / 1e9:.1f} VAE and reward: {total / 1e9:.1f} in all; "
-          f"{seconds:.0f} s a step")
+    for count in counts:
+        trained = 2 * 16 * sizes[cfg] / count        # weight, gradient and two moments in float32
+        others = (4 * sizes[cfg] + 2 * sizes[teacher]) / count       # float32 and bf16
+        total = trained + others + cache + critic + judges
+        seconds = step_flops(cfg, teacher) * cfg.batch / count / RATE
+        print(f"{count} GPUs, GB of each: student and critic {trained / 1e9:.1f} + average and "
+              f"teacher {others / 1e9:.1f} + a rollout's cache {cache / 1e9:.1f} + the critic's "
+              f"activations {critic / 1e9:.1f} + VAE and reward {judges / 1e9:.1f} = "
+              f"{total / 1e9:.1f}; {seconds:.0f} s a step")
 
 
 def train_full(args, given, dtype):
     """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
     cfg = replace(PRESETS["full"], **given)
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
-    processes = int(os.environ.get("WORLD_SIZE", 0))
-    check(processes or args.dry_run, "start --train by torchrun --nproc-per-node N, N = 1 too")
-    for count in [1, 8, 64] if args.dry_run else [processes]:
-        check_multiple("batch", cfg.batch, count * args.micro)
-        plan(cfg, teacher, args.micro, count)
-    if not args.dry_run:
-        files = args.ode, args.critic, args.teacher, args.wan, args.prompts, args.reward
-        check(all(files), "--train needs --ode, --critic, --teacher, --wan, --prompts and --reward")
-        mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (processes,))
-        train_student(FullRun(cfg, teacher, args, dtype, mesh))
-        torch.distributed.destroy_process_group()
+    if args.dry_run:
+        plan(cfg, teacher, args.micro, [1, 8, 64])
+        return
+    files = args.ode, args.critic, args.teacher, args.wan, args.prompts, args.reward
+    check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
+          "too, and needs --ode, --critic, --teacher, --wan, --prompts and --reward: see --help")
+    count = int(os.environ["WORLD_SIZE"])
+    check_multiple("batch", cfg.batch, count * args.micro)
+    plan(cfg, teacher, args.micro, [count])
+    mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
+    train_student(FullRun(cfg, teacher, args, dtype, mesh))
+    torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------- Command line
