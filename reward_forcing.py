@@ -616,7 +616,6 @@ def train_student(run):
     student, average = run.model("ode"), run.model("ode")            # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
-    critic_clip = 10.0 if cfg.adamw else 1.0
     # Beyond the paper, --tilt: a critic trained with weights exp(-reward / beta) models
     # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
     # student = teacher * exp(reward / beta).
@@ -638,7 +637,7 @@ def train_student(run):
                 loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
-            update(critic, critic_optimizers, critic_clip, progress)
+            update(critic, critic_optimizers, 10.0 if cfg.adamw else 1.0, progress)
 
         samples = [run.draw_samples(student) for _ in run.each_turn()]
         reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
@@ -875,7 +874,8 @@ def write_text(path, text):
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", mmap=os.name != "nt", weights_only=True)
+        mapped = torch.distributed.is_initialized()      # large then; teacher.pt is compressed
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:                                       # torch raises many kinds
         raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
                        "anew, with --toy, and with --from-scratch if it is teacher.pt")
@@ -884,12 +884,12 @@ def load_checkpoint(path):
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
-    A batch is computed in some turns by some processes (see FullRun), in the toy in one by one. All
-    draw the same random numbers, for the whole batch, and keep those of their own n samples: any
-    number of turns and processes trains alike, and all processes stop a rollout at the same step.
+    A batch is computed in turns, to save memory, and by processes; in the toy in one, by one. All
+    draw the same random numbers, for the whole batch, and keep those of their own n samples. So any
+    number of turns and processes trains alike, and they all stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
-    whole = cut = join = complete = staticmethod(lambda x: x)
+    whole = cut = join = complete = staticmethod(lambda x: x)        # see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
@@ -1125,7 +1125,7 @@ def load_weights(model, path):
         names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in state]
         model.load_state_dict(dict(zip(names, state.values())), assign=True)
     except Exception as error:                                       # each format raises its own
-        raise BadInput(f"--weights {path} cannot be used ({repr(error)[:500]}): give this model's "
+        raise BadInput(f"{path} cannot be used ({repr(error)[:500]}): give this model's "
                        ".pt, .safetensors or folder (pip install safetensors)")
 
 
@@ -1183,6 +1183,7 @@ class PromptWorld(WanVAE):
     def __init__(self, args, cfg, dtype):
         super().__init__(args.wan, dtype)
         self.prompts = args.prompts.read_text().splitlines()
+        check(self.prompts, f"{args.prompts} is empty: write a prompt a line")
         told = [*self.prompts, args.negative]
         self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
         self.checksum = zlib.crc32(repr(told).encode())
@@ -1281,7 +1282,7 @@ def step_flops(cfg, teacher):
 
 
 def plan(cfg, teacher, micro, counts):
-    """Print, for so many H100, the GB that each needs and the seconds of a step, by shapes alone."""
+    """Print, from shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
     with torch.device("meta"):
         sizes = {c: sum(p.numel() for p in VideoTransformer(c).parameters())
                  for c in {cfg, teacher}}

@@ -949,6 +949,18 @@ def test_text_is_the_encoders(wan, monkeypatch):
         wan_text(["a red panda"], wan, TINY_WAN, float32)
 
 
+def test_prompts_of_any_length_are_told_as_if_alone(wan, tmp_path):
+    (tmp_path / "prompts").write_text("a\na red panda\n")
+    args = rf.Options(wan=wan, prompts=tmp_path / "prompts", negative="red")
+    world, model = rf.PromptWorld(args, TINY_WAN, float32), random_model(TINY_WAN, float32)
+    text = world.text(["a red panda", "a"])
+    for row, caption in zip(text, world.prompts[::-1]):
+        ours, alone = (model.embed_text(x)[1][0] for x in (row[None], world.text([caption])))
+        assert error(ours, alone) < 1e-5
+    assert world.text(["red"]).shape == (1, 1, 16)
+    assert world.decode(randn(1, 3, 16, 4, 6), {}).shape == (1, 9, 3, 32, 48)
+
+
 def test_decoding_by_chunks_equals_decoding_the_whole(wan, monkeypatch):
     vae, past, latents = rf.WanVAE(wan, float32), {}, randn(1, 9, 16, 4, 6)
     monkeypatch.setattr(rf, "to_bytes", lambda pixels: pixels.clamp(-1, 1))
@@ -980,7 +992,7 @@ def train(folder, out, more=""):
 
 
 def stand_in(patch):
-    """For text encoder, VAE and reward, which are large. The reward depends on sample and caption."""
+    """For text encoder, VAE and reward, which are large. The reward is of sample and caption."""
     class Reward:
         def __init__(self, folder):
             assert folder.is_dir()
@@ -1073,6 +1085,7 @@ def test_sharded_checkpoint_holds_whole_models_under_the_public_names(two_proces
         model = VideoTransformer(replace(FULL, **given(STEPS)))
     rf.load_weights(model, path)
     assert same(model.state_dict(), state["generator_ema"])
+    assert same(state["stages"]["student"]["parts"][1:3], [state["generator"], state["critic"]])
     for kind in ("generator_ema", "generator", "critic"):
         for name, p in state[kind].items():
             assert 1e-5 < error(p, start["model." + name]) < 0.02
