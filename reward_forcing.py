@@ -18,6 +18,7 @@ and attends, through a cache of keys and values, to the frames it made before. T
     python reward_forcing.py --stream --prompt "a red circle" # then stream what you like
     python reward_forcing.py --toy --ablate                   # both ideas, with controls
     python reward_forcing.py --full --bench                   # the speed of the 1.3B model
+    torchrun --nproc-per-node 8 reward_forcing.py --full --train ...     # its training
 
 Read from top to bottom. "Config" to "Training stages" is the paper. What follows is the toy's
 world, the plumbing, and what the full size needs around the same classes.
@@ -56,6 +57,9 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -103,6 +107,8 @@ class Config:
     tilt: bool = False              # weight the critic's loss instead of the student's
     shuffle: bool = False           # weight each sample by the reward of another: the control
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
+    ema_start: int = 0              # student updates before it averages; until then it is a copy
+    adamw: bool = False             # AdamW(0, .999), constant rate, instead of Muon with a schedule
     seed: int = 0
 
     def __post_init__(self):
@@ -245,6 +251,9 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
         self.modulation.data[:, [2, 5]] += 0.3                       # gates: branches start open
 
+    def embed_text(self, text):
+        return self.cross_attn.key_value(text)
+
     def forward(self, x, sigma_emb, text_kv, rope, context):
         """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
         (B, T, H, D), those of the context already rotated. Returns the new x and this chunk's own
@@ -309,7 +318,7 @@ class VideoTransformer(nn.Module):
         """
         text = pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         text = self.text_embedding(text.to(self.patch_embedding.weight))
-        return [block.cross_attn.key_value(text) for block in self.blocks]
+        return [block.embed_text(text) for block in self.blocks]
 
     def embed_sigma(self, sigma):
         """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
@@ -321,7 +330,8 @@ class VideoTransformer(nn.Module):
 
     def forward(self, x, sigma, text_kv, cache=None):
         """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F)."""
-        if cache is None:                                            # nothing came before
+        streaming = cache is not None
+        if not streaming:                                            # nothing came before
             cache = EMASinkCache(self.cfg)
         waves = self.embed_sigma(sigma.reshape(len(x), -1))
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
@@ -332,7 +342,9 @@ class VideoTransformer(nn.Module):
         h = h.flatten(3).permute(0, 2, 3, 1)                                 # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
             context = cache.context[layer] if cache.context else (nothing, nothing)
-            h, cache.newest[layer] = block(h, emb6, text_kv[layer], rope, context)
+            h, kv = block(h, emb6, text_kv[layer], rope, context)
+            if streaming:                                            # a whole clip's would be GBs
+                cache.newest[layer] = kv
         return unpatchify(self.head(h, emb), self.cfg.rows).type_as(x)
 
 
@@ -464,10 +476,12 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
     return (weight * norm(velocity - (noise - x0))).mean()
 
 
-def guided_x0(teacher, xt, sigma, text, guidance):
-    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). No text is all zeros."""
+def guided_x0(teacher, xt, sigma, text, negative, guidance):
+    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told a negative
+    prompt (1, T, text_dim); no text is all zeros."""
+    negative = negative.expand(len(text), -1, -1)
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
-    uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(torch.zeros_like(text)))
+    uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
     return cond + guidance * (cond - uncond)
 
 
@@ -537,11 +551,11 @@ def teacher_trajectory(teacher, noise, text, cfg):
     An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
         x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
     """
-    sigmas = cfg.schedule(cfg.sample_steps)
+    sigmas, nothing = cfg.schedule(cfg.sample_steps), torch.zeros_like(text[:1])
     x, path = noise, []
     for i in range(cfg.sample_steps):
         path.append(x)
-        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, cfg.guidance)
+        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, nothing, cfg.guidance)
         x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
     stride = cfg.sample_steps // cfg.denoise_steps
     return torch.stack([*path[::stride], x], 1)
@@ -617,7 +631,7 @@ def train_student(run):
     or that is given no time to, ends where the weights have pulled it.
     """
     cfg = run.cfg
-    teacher, critic = run.model("teacher"), run.model("teacher")
+    teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("ode"), run.model("ode")            # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
@@ -625,6 +639,7 @@ def train_student(run):
     # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
     # student = teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
+    negative = run.world.text([run.negative])
     stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
                   *student_optimizers, *critic_optimizers)
 
@@ -632,33 +647,40 @@ def train_student(run):
         set_seed(cfg.seed, "student", step)
         progress = step / cfg.distill_steps
         for _ in range(cfg.critic_ratio):
-            x, _, _, text, _ = run.draw_samples(student)
-            weight = weigh(motion_reward(run.world.decode(x))) if cfg.tilt else 1.0
-            sigma = run.draw_sigma()
-            text_kv, noise = critic.embed_text(text), torch.randn_like(x)
-            critic_loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight)
-            critic_loss.backward()
-            update(critic, critic_optimizers, 1.0, progress)
+            critic_loss = 0.0
+            for _ in run.each_turn():
+                x, _, _, captions, _ = run.draw_samples(student)
+                weight = weigh(run.judge(x, captions)) if cfg.tilt else 1.0
+                sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
+                text_kv = critic.embed_text(run.world.text(captions))
+                loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
+                loss.backward()
+                critic_loss += loss.item()
+            update(critic, critic_optimizers, 10.0 if cfg.adamw else 1.0, progress)
 
-        x, noisy, exit_sigma, text, cache = run.draw_samples(student)
-        reward = motion_reward(run.world.decode(x))                          # (B,)
-        if cfg.shuffle:
-            reward = reward[torch.randperm(len(x))]
+        samples = [run.draw_samples(student) for _ in run.each_turn()]
+        reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
+        if cfg.shuffle:                                                      # (batch,)
+            reward = reward[torch.randperm(cfg.batch)]
         weight = weigh(reward)
-        sigma = run.draw_sigma()
-        xt = add_noise(x, torch.randn_like(x), sigma)
-        with torch.no_grad():
-            x0_real = guided_x0(teacher, xt, sigma, text, cfg.guidance)
-            x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
-        target = x - dmd_gradient(x, x0_real, x0_fake)
-        loss = regress(student, text, cfg, noisy, exit_sigma, x, target,
-                       weight=1.0 if cfg.tilt else weight)
+        loss = gap = 0.0
+        for _, (x, noisy, exit_sigma, captions, cache) in zip(run.each_turn(), samples):
+            text, sigma = run.world.text(captions), run.draw_sigma()
+            xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
+            with torch.no_grad():
+                x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
+                x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
+            target = x - dmd_gradient(x, x0_real, x0_fake)
+            factor = 1.0 if cfg.tilt else run.own(weight)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns)
+            gap += (x0_real - x0_fake).abs().mean().item() / run.turns
         grad_norm = update(student, student_optimizers, 10.0, progress)
+        keep = cfg.weight_ema if step >= cfg.ema_start else 0
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
-                mean.lerp_(new, 1 - cfg.weight_ema)
-        stage.end(step, loss=loss, critic_loss=critic_loss.item(), grad_norm=grad_norm,
-                  reward=reward.mean().item(), gap=(x0_real - x0_fake).abs().mean().item(),
+                mean.lerp_(new, 1 - keep)
+        stage.end(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
+                  reward=reward.mean().item(), gap=gap,
                   weight_min=weight.min().item(), weight_max=weight.max().item(),
                   effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
                   sink_updates=cache.updates)
@@ -688,6 +710,7 @@ class ToyWorld:
         except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{path} cannot be used ({error}): make another by tiny_data/make.py, "
                            f"or change --stride {cfg.stride}")
+        self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
         check(latent == [*cfg.latent] and frames >= cfg.clip and len(self.words) <= cfg.text_dim,
@@ -751,7 +774,7 @@ def agreement(centre):
     return (a * b).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
 
 
-def motion_reward(frames):
+def motion_reward(frames, captions=None):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     mask, centre = track(frames)
     area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
@@ -834,7 +857,10 @@ def set_seed(*what):
 
 
 def make_optimizers(model, lr):
-    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest."""
+    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest. With
+    --adamw, as in the paper, that for all."""
+    if model.cfg.adamw:
+        return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
     return [torch.optim.Muon(matrices, lr, weight_decay=0.01, eps=1e-30),
@@ -843,10 +869,11 @@ def make_optimizers(model, lr):
 
 def update(model, optimizers, max_norm, progress):
     """One step down the gradients, clipped to max_norm; clears them and returns their norm. The
-    learning rate rises in the first twentieth of a stage, then falls to 0; progress in [0, 1]."""
+    learning rate rises in the first twentieth of a stage, then falls to 0, but the paper's is
+    constant; progress in [0, 1]."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for optimizer in optimizers:
-        rate = min(1, 0.05 + 20 * progress) * (1 - progress)
+        rate = 1 if model.cfg.adamw else min(1, 0.05 + 20 * progress) * (1 - progress)
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
         optimizer.step()
     model.zero_grad()
@@ -866,17 +893,27 @@ def write_text(path, text):
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = torch.distributed.is_initialized()      # large then; teacher.pt is compressed
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:                                       # torch raises many kinds
         raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
                        "anew, with --toy, and with --from-scratch if it is teacher.pt")
 
 
 class Run:
-    """A training run in the folder out: its world, its stages so far, its checkpoint and log."""
-    def __init__(self, cfg, out, data):
-        self.cfg, self.out, self.world = cfg, out, ToyWorld(cfg, data)
-        config = {**asdict(cfg), "data": zlib.crc32(self.world.clips.cpu().numpy())}
+    """A training run in the folder out: its world, its stages so far, its checkpoint and log.
+
+    A batch is computed in turns, to save memory, and by processes; in the toy in one, by one. All
+    draw the same random numbers, for the whole batch, and keep those of their own n samples. So any
+    number of turns and processes trains alike, and they all stop rollouts at the same step.
+    """
+    turns, turn, processes, rank = 1, 0, 1, 0
+    whole = cut = join = complete = staticmethod(lambda x: x)        # see FullRun
+    reward, negative = staticmethod(motion_reward), ""
+
+    def __init__(self, cfg, out, world):
+        self.cfg, self.out, self.world = cfg, out, world
+        config = {**asdict(cfg), "data": world.checksum}
         self.state = {"config": config, "log": [], "stages": {}}     # stages: see Stage.end
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
@@ -885,15 +922,33 @@ class Run:
                   "choose another --out")
 
     def model(self, stage=None):
-        """A VideoTransformer with the weights that a stage made, or fresh."""
+        """A VideoTransformer with the weights that a stage made, or fresh. The critic starts as the
+        teacher."""
         set_seed(self.cfg.seed)
         model = VideoTransformer(self.cfg)
         if stage:
             try:
-                model.load_state_dict(self.state["stages"][stage]["parts"][0])
+                stages = self.state["stages"]
+                model.load_state_dict(stages.get(stage, stages["teacher"])["parts"][0])
             except RuntimeError:
                 raise BadInput("the shipped teacher does not fit these flags: add --from-scratch")
         return model
+
+    def each_turn(self):
+        """Set self.turn to 0, 1, ...; each turn draws the same random numbers."""
+        generator = torch.cuda if torch.cuda.is_available() else torch
+        state = generator.get_rng_state()
+        for self.turn in range(self.turns):
+            generator.set_rng_state(state)
+            yield
+
+    def own(self, x):
+        """The n samples of this turn and process, of what the whole batch has."""
+        return x.chunk(self.turns * self.processes)[self.turn * self.processes + self.rank]
+
+    def judge(self, x, captions):
+        """The rewards of this turn, of all processes, for x (n, F, C, h, w) and n captions."""
+        return self.whole(self.reward(self.world.decode(x, {}), captions))
 
     def draw_clips(self):
         """Random cuts of random clips, as latents, and their text, some of it dropped."""
@@ -907,20 +962,28 @@ class Run:
         return world.encode(cuts), text
 
     def draw_sigma(self):
-        """(B,) random noise levels. At 1 a noised sample would say nothing of the sample."""
-        return shift_sigma(torch.rand(self.cfg.batch), self.cfg.sigma_shift).clamp(0.02, 0.98)
+        """(n,) random noise levels. At 1 a noised sample would say nothing of the sample."""
+        u = self.own(torch.rand(self.cfg.batch))
+        return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
+
+    def draw_noise(self, frames):
+        """(n, F, C, h, w)"""
+        return self.own(torch.randn(self.cfg.batch, frames, *self.cfg.latent))
 
     def draw_samples(self, student):
-        """The student's clips x (B, F, C, h, w), all stopped at one random step; the noisy frames
-        they were predicted from; that step's sigma (B, F); their text; the cache."""
-        cfg, text = self.cfg, self.world.text(self.world.prompts)
-        text = text[torch.randint(len(text), (cfg.batch,))]
+        """The student's clips x (n, F, C, h, w), all stopped at one random step; the noisy frames
+        they were predicted from; that step's sigma (n, F); their captions; the cache."""
+        cfg, prompts = self.cfg, self.world.prompts
+        picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
+        captions = [prompts[i] for i in picked]
         steps = torch.randint(cfg.denoise_steps, ()) + 1
         cache = EMASinkCache(cfg)
-        chunks = rollout(student, text, cfg, None, cfg.clip // cfg.chunk, steps, cache)
+        chunks = rollout(student, self.world.text(captions), cfg,
+                         lambda chunk, step: self.draw_noise(cfg.chunk),
+                         cfg.clip // cfg.chunk, steps, cache)
         x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
         sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-        return x, noisy, sigma, text, cache
+        return x, noisy, sigma, captions, cache
 
 
 class Stage:
@@ -934,23 +997,28 @@ class Stage:
         self.run, self.name, self.steps, self.parts = run, name, steps, parts
         saved = run.state["stages"].get(name, {"step": 0, "parts": []})
         for part, state in zip(parts, saved["parts"]):
-            part.load_state_dict(state)
-        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
+            part.load_state_dict(run.cut(state))
+        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
+                        disable=run.rank > 0)
 
     def end(self, step, **numbers):
         """Log the numbers and save, both now and then. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate in another --out")
+        numbers = self.run.complete(numbers)
         state, last = self.run.state, step + 1 == self.steps
         if last or step % 10 == 0:
             self.bar.set_postfix(numbers)
             state["log"].append({"stage": self.name, "step": step, **numbers})
         if last or step % max(1, self.steps // 20) == 0:
-            parts = [part.state_dict() for part in self.parts]
+            parts = [self.run.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
-            write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
-            write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
+            if self.name == "student":                               # the names public code reads
+                state |= zip(("generator_ema", "generator", "critic"), parts)
+            if self.run.rank == 0:
+                write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
@@ -1135,25 +1203,27 @@ def load_weights(model, path):
         names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in state]
         model.load_state_dict(dict(zip(names, state.values())), assign=True)
     except Exception as error:                                       # each format raises its own
-        raise BadInput(f"--weights {path} cannot be used ({repr(error)[:500]}): give this model's "
+        raise BadInput(f"{path} cannot be used ({repr(error)[:500]}): give this model's "
                        ".pt, .safetensors or folder (pip install safetensors)")
 
 
 @torch.no_grad()
 def wan_text(prompts, folder, cfg, dtype):
-    """(B, text_len, text_dim) by UMT5-XXL, zero after the last token. The encoder is loaded, used
-    and freed in this one call."""
+    """For each prompt (T, text_dim) by UMT5-XXL, T tokens of at most text_len. The encoder is
+    loaded, used and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
     encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
     check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
           "embedding: download it again, or try another release of transformers")
-    encoder.to(torch.get_default_device())
-    tokens = tokenizer(prompts, return_tensors="pt", truncation=True,
-                       padding="max_length", max_length=cfg.text_len).to(encoder.device)
-    encoded = encoder.eval()(tokens.input_ids, tokens.attention_mask)
-    return encoded.last_hidden_state * tokens.attention_mask[..., None]
+    encoder.to(torch.get_default_device()).eval()
+    features = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=cfg.text_len)
+        encoded = encoder(tokens.input_ids.to(encoder.device))
+        features.append(encoded.last_hidden_state[0].cpu())
+    return features
 
 
 class WanVAE:
@@ -1218,6 +1288,149 @@ def compile_student(student):
         torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False))
 
 
+# ------------------------------------------------------------------------ Training at full size
+class PromptWorld(WanVAE):
+    """What ToyWorld is to the toy: the lines of a text file, their features, which are made once,
+    before a model is loaded, and the VAE, through which the reward sees the samples."""
+    def __init__(self, args, cfg, dtype):
+        super().__init__(args.wan, dtype)
+        self.prompts = args.prompts.read_text().splitlines()
+        check(self.prompts, f"{args.prompts} is empty: write a prompt a line")
+        told = [*self.prompts, args.negative]
+        self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
+        self.checksum = zlib.crc32(repr(told).encode())
+
+    def text(self, captions):
+        """(B, T, text_dim), zero after the last token; T is the longest's."""
+        return pad_sequence([self.features[caption] for caption in captions], batch_first=True)
+
+
+class FullRun(Run):
+    """A Run on all processes of mesh, each with a part of every parameter, gradient and moment
+    (FSDP2). Its models start from files."""
+    def __init__(self, cfg, teacher, args, dtype, mesh):
+        from torch.distributed import tensor                         # late: it takes half a second
+        self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
+        self.rank, self.processes = mesh.get_rank(), mesh.size()
+        self.turns = cfg.batch // mesh.size() // args.micro
+        self.args, self.teacher, self.dtype = args, teacher, dtype
+        self.negative, self.clock = args.negative, time.perf_counter()
+        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:"))).reward
+        super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
+
+    def model(self, stage):
+        """A model in parts. A block is put together, in bf16, while it runs. Its activations are
+        not kept but computed again in the backward pass, which is exact: a block depends on its
+        arguments alone, and regress goes back before the context moves on."""
+        from torch.distributed import fsdp
+        cfg, kept = self.cfg, torch.float32
+        if stage == "teacher":               # which is not trained
+            cfg, kept = self.teacher, self.dtype
+        with torch.device("meta"):
+            model = VideoTransformer(cfg)
+        load_weights(model, vars(self.args)[stage])
+        policy = fsdp.MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        for module in [*model.blocks, model]:
+            # Back to parts after every pass: what a rollout left together would soon be outdated.
+            fsdp.fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
+            fsdp.register_fsdp_forward_method(module, "embed_text")
+        return model
+
+    def whole(self, x):
+        """What all processes have of a batch, from what this one has."""
+        return self.tensor.DTensor.from_local(x, *self.layout).full_tensor()
+
+    def cut(self, state):
+        """A state dict's tensors in parts."""
+        def part(p):
+            if p.dim() == 0:                 # it counts steps
+                return p
+            return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
+        return tree_map_only(torch.Tensor, part, state)
+
+    def join(self, state):
+        """The inverse, on the CPU of the first process."""
+        def whole(p):
+            p = p.full_tensor()
+            return None if self.rank else p.cpu()
+        return tree_map_only(self.tensor.DTensor, whole, state)
+
+    def complete(self, numbers):
+        """Means over the processes, and since the last call: tokens rolled out per second, the most
+        GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
+        means = self.whole(torch.tensor([list(numbers.values())])).mean(0)
+        before, self.clock = self.clock, time.perf_counter()
+        cfg, pace = self.cfg, self.cfg.batch / (self.clock - before)         # samples per second
+        tokens = (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        flops = step_flops(cfg, self.teacher) / self.processes
+        return dict(zip(numbers, means.tolist()), tokens_per_second=pace * tokens,
+                    memory=torch.cuda.max_memory_allocated() / 1e9, utilisation=pace * flops / PEAK)
+
+
+PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
+
+
+def pass_flops(cfg, frames, seen):
+    """FLOPs of linear layers and attention in one pass over frames that attend to `seen` frames."""
+    frame = cfg.rows * cfg.cols
+    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * frame + cfg.text_len)
+    return 2 * cfg.layers * cfg.dim * frames * frame * width
+
+
+def step_flops(cfg, teacher):
+    """FLOPs per sample of critic_ratio critic updates and one of the student, as if no activation
+    were computed again: a pass with gradient counts as three."""
+    ends = range(cfg.chunk, cfg.clip + 1, cfg.chunk)
+    chunks = sum(pass_flops(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
+    rollout = chunks * (cfg.denoise_steps + 3) / 2                   # mean exit, and the clean pass
+    clip = pass_flops(cfg, cfg.clip, cfg.clip)
+    guided = 2 * pass_flops(teacher, cfg.clip, cfg.clip)
+    decoded = 8.65e9 * cfg.clip * cfg.rows * cfg.cols                # by Wan2.1's VAE
+    student = rollout + decoded + guided + clip + (3 + 1) * chunks
+    return cfg.critic_ratio * (rollout + 3 * clip) + student
+
+
+def plan(cfg, teacher, micro, counts):
+    """Print, from shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
+    with torch.device("meta"):
+        sizes = {c: sum(p.numel() for p in VideoTransformer(c).parameters())
+                 for c in {cfg, teacher}}
+    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
+    cache = 4 * cfg.layers * frame * cfg.window      # keys and values, twice: see EMASinkCache
+    block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
+    critic = frame * cfg.clip * (cfg.layers + 2 * block)     # inputs; inside one, and gradients
+    judges = 5e9                             # VAE and VideoAlign
+    for count in counts:
+        trained = 2 * 16 * sizes[cfg] / count        # weight, gradient and two moments in float32
+        others = (4 * sizes[cfg] + 2 * sizes[teacher]) / count       # float32 and bf16
+        total = trained + others + cache + critic + judges
+        seconds = step_flops(cfg, teacher) * cfg.batch / count / RATE
+        print(f"{count} GPUs, GB of each: student and critic {trained / 1e9:.1f} + average and "
+              f"teacher {others / 1e9:.1f} + a rollout's cache {cache / 1e9:.1f} + the critic's "
+              f"activations {critic / 1e9:.1f} + VAE and reward {judges / 1e9:.1f} = "
+              f"{total / 1e9:.1f}; {seconds:.0f} s a step")
+
+
+def train_full(args, given, dtype):
+    """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
+    cfg = replace(PRESETS["full"], **given)
+    teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
+    if args.dry_run:
+        plan(cfg, teacher, args.micro, [1, 8, 64])
+        return
+    files = args.ode, args.critic, args.teacher, args.wan, args.prompts, args.reward
+    check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
+          "too, and needs --ode, --critic, --teacher, --wan, --prompts and --reward: see --help")
+    count = int(os.environ["WORLD_SIZE"])
+    check_multiple("batch", cfg.batch, count * args.micro)
+    plan(cfg, teacher, args.micro, [count])
+    mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
+    train_student(FullRun(cfg, teacher, args, dtype, mesh))
+    torch.distributed.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------- Command line
 @dataclass
 class Options:
@@ -1225,8 +1438,10 @@ class Options:
     toy: bool = False               # train what --out lacks, stream, write the report
     ablate: bool = False            # with --toy: both ideas against their controls
     stream: bool = False            # --prompt into out/stream.webp, by the student in --out
-    full: bool = False              # with --stream or --bench: the 1.3B model
+    full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
     bench: bool = False             # with --full: measure speed, any weights or none
+    train: bool = False             # with --full, by torchrun: Re-DMD from --weights
+    dry_run: bool = False           # with --full: print what --train needs, for 1, 8 and 64 GPUs
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
     prompt: str = ""
     then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
@@ -1238,6 +1453,14 @@ class Options:
     frames: int = 0                 # video frames; 0: 240 in the toy, 81 at full size, bench 477
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
+    ode: Path = None                # with --train: where the student starts, as --weights
+    critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts
+    teacher: Path = None            # with --train: the same, or
+    large_teacher: bool = False     # with --train: Wan2.1-T2V-14B as --teacher
+    prompts: Path = None            # with --train: a text file, one prompt a line
+    negative: str = ""              # with --train: what guidance leads away from
+    reward: str = ""                # with --train: videoalign:FOLDER
+    micro: int = 1                  # with --train: samples on a GPU at a time
     out: Path = Path("out")         # folder of all that is written
     data: Path = Path(__file__).parent / "tiny_data/world.npz"
     from_scratch: bool = False      # with --toy: train a small teacher too
@@ -1255,7 +1478,7 @@ def check(fine, message):
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "seed"
+    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "ema_start", "seed"
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if f.type is not bool:
@@ -1291,8 +1514,12 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         window=9, alpha=0.99, sigma_shift=5.0,
-        clip=21, guidance=3.0, beta=0.5),
+        clip=21, batch=64, guidance=3.0, beta=0.5,
+        distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
+        weight_ema=0.99, ema_start=40,       # starts the average at 200
+        adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
+TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
 def parse(argv):
@@ -1337,12 +1564,15 @@ def open_full(args, given, dtype):
     check(args.bench or args.weights and args.wan and args.wan.is_dir(),
           "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
     vae = WanVAE(args.wan, dtype)
+
+    def encode(prompts):
+        return pad_sequence(wan_text(prompts, args.wan, cfg, dtype), batch_first=True)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg).to(dtype)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, dtype), vae, lambda p: wan_text(p, args.wan, cfg, dtype), cfg
+    return student.to(device, dtype), vae, encode, cfg
 
 
 def open_clip(path, cfg):
@@ -1422,6 +1652,21 @@ def bench(args, given, dtype):
         write_text(args.out / "bench.json", json.dumps(table, indent=1))
 
 
+def toy_command(args, given, dtype):
+    """Train what --out lacks, in the toy's world; then measure and draw, or compare."""
+    cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
+    cfg.chunks_in(args.frames)                                       # refused before it starts
+    run = Run(cfg, args.out, ToyWorld(cfg, args.data))
+    if not args.from_scratch:
+        run.state["stages"].setdefault(
+            "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
+        run.model("teacher")                                         # refused if it does not fit
+    train_teacher(run)
+    train_ode(run)
+    train_student(run)
+    (ablate if args.ablate else report)(run, args.frames)
+
+
 def main(argv=None):
     """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
@@ -1432,26 +1677,13 @@ def main(argv=None):
             torch.set_default_device("cuda")
         dtype = torch.bfloat16 if cuda and args.full else torch.float32
         print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
-        check(args.toy + args.stream + args.bench == 1 and args.bench <= args.full <= 1 - args.toy,
-              "say what to do: --toy, --stream, --stream --full or --full --bench")
+        commands = {"toy": toy_command, "stream": stream_command, "bench": bench,
+                    "train": train_full, "dry_run": train_full}
+        chosen = [name for name in commands if vars(args)[name]]
+        check(len(chosen) == 1 and (args.stream or args.full != args.toy), "say what to do: --toy, "
+              "--stream, or with --full one of --stream, --bench, --train and --dry-run")
         args.out.mkdir(parents=True, exist_ok=True)
-        if not args.toy:
-            (bench if args.bench else stream_command)(args, given, dtype)
-            return 0
-        cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
-        cfg.chunks_in(args.frames)
-        run = Run(cfg, args.out, args.data)
-        if not args.from_scratch:
-            run.state["stages"].setdefault(
-                "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
-            run.model("teacher")                                     # refused if it does not fit
-        train_teacher(run)
-        train_ode(run)
-        train_student(run)
-        if args.ablate:
-            ablate(run, args.frames)
-        else:
-            report(run, args.frames)
+        commands[chosen[0]](args, given, dtype)
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:

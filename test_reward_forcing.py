@@ -10,11 +10,15 @@ import math
 import os
 import pty
 import resource
+import shutil
+import socket
 import subprocess
 import sys
 import termios
 import time
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +28,9 @@ from PIL import Image
 from pytest import fixture, importorskip, mark, raises
 from torch import (arange, cat, equal, exp, float32, float64, ones, rand, randn, randn_like, stack,
                    tensor, zeros)
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import reward_forcing as rf
@@ -138,6 +144,8 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
                 model(x, torch.empty(1), text_kv, cache)
             cache.append()
     assert abs(counter.get_total_flops() / 1e12 - 24.26) < 0.005
+    planned = rf.pass_flops(FULL, FULL.chunk, FULL.window)
+    assert abs(planned / counter.get_total_flops() - 1) < 0.001
 
 
 # ------------------------------------------------- Cache and rollout against a slow twin
@@ -262,8 +270,14 @@ def one_graph(student, text, cfg, noisy, sigma, clean, cache):
     return cat(made, 1)
 
 
-@parametrize("steps", [1, 2, 3, 4])
-def test_regress_gives_the_gradients_of_one_graph(steps):
+def recompute(model):
+    """Activations are computed again in the backward pass, block by block, as FullRun does it."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@parametrize("steps, recomputed", itertools.product([1, 2, 3, 4], [False, True]))
+def test_regress_gives_the_gradients_of_one_graph(steps, recomputed):
     cfg, student = replace(SMALL, window=6), random_model(SMALL).requires_grad_()
     text, cache, weight = random_text(cfg, 2), EMASinkCache(cfg), tensor([0.5, 2.0])
     chunks = rollout(student, text, cfg, noises(cfg, 2), 4, steps)
@@ -274,9 +288,45 @@ def test_regress_gives_the_gradients_of_one_graph(steps):
     assert not any(keys.requires_grad for keys, _ in cache.context)
     loss = (per_sample(weight) * (made - target) ** 2).mean() / 2
     whole = torch.autograd.grad(loss, list(student.parameters()))
+    if recomputed:
+        recompute(student)
     total = regress(student, text, cfg, noisy, sigma, clean, target, weight)
     assert abs(total - loss) < 1e-10
     assert all(error(p.grad, grad) < 1e-10 for p, grad in zip(student.parameters(), whole))
+
+
+class Memory(TorchDispatchMode):
+    """most: the most bytes that were alive at a time, of tensors touched while this is entered."""
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if torch.is_tensor(x) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+@parametrize("recomputed", [False, True])
+def test_memory_of_regress_does_not_grow_with_the_clip(recomputed):
+    cfg, peaks = replace(SMALL, window=6), []
+    student, text = random_model(cfg).requires_grad_(), random_text(cfg)
+    if recomputed:
+        recompute(student)
+    for clip in (12, 12, 24):                                        # first makes the gradients
+        x, sigma = randn(2, 1, clip, *cfg.latent, dtype=float64), torch.full((1, clip), 0.9)
+        with Memory() as chunks:
+            regress(student, text, cfg, x[0], sigma, x[0], target=x[1])
+        with Memory() as one:
+            one_graph(student, text, cfg, x[0], sigma, x[0], EMASinkCache(cfg)).sum().backward()
+        peaks.append((chunks.most - x.nbytes, one.most - x.nbytes))
+    _, (chunks, one), (longer_chunks, longer_one) = peaks
+    assert longer_chunks < 1.001 * chunks and longer_one > 1.3 * one > 1.3 * chunks
 
 
 def test_dmd_gradient_is_zero_when_critic_is_teacher():
@@ -532,8 +582,8 @@ def test_golden_redmd_and_critic(golden):
         x0 = a.pred_real_cond if text.any() else a.pred_real_uncond
         return (xt - x0) / per_sample(sigma)
     teacher.embed_text = lambda text: text
-    told = ones(len(x), 1)
-    real = rf.guided_x0(teacher, a.noisy, sigma.double(), told, a.guidance.item())
+    told, untold = ones(len(x), 1, 1), zeros(1, 1, 1)
+    real = rf.guided_x0(teacher, a.noisy, sigma.double(), told, untold, a.guidance.item())
     g = rf.dmd_gradient(x, real, fake)
     assert error(g, a.grad) < 1e-5 * a.grad.abs().max()
     assert error(rf.mean_each((x - real).abs()), a.normalizer) < 1e-5
@@ -570,7 +620,8 @@ def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sam
 def make_run(tmp_path):
     """make_run("flags"): a tiny Run in which teacher and ODE student are random."""
     def make(line=""):
-        run = rf.Run(replace(TOY, **given(f"{TINY} {line}")), tmp_path, WORLD)
+        cfg = replace(TOY, **given(f"{TINY} {line}"))
+        run = rf.Run(cfg, tmp_path, rf.ToyWorld(cfg, WORLD))
         for stage in ("teacher", "ode"):
             weights = random_model(run.cfg, float32).state_dict()
             run.state["stages"][stage] = {"step": 0, "parts": [weights]}
@@ -606,7 +657,7 @@ def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
     def teacher(xt, sigma, text, cache):                             # the data is 1, or 0 untold
         return (xt - text.mean()) / per_sample(sigma)
     teacher.embed_text = lambda text: text
-    path = rf.teacher_trajectory(teacher, noise, ones(2, 1), TOY)
+    path = rf.teacher_trajectory(teacher, noise, ones(2, 1, 1), TOY)
     for level, sigma in enumerate([1, 0.9, 0.75, 0.5, 0]):           # at shift 3
         line = (1 - sigma) * (1 + TOY.guidance) + sigma * noise
         assert error(path[:, level], line) < 1e-5
@@ -630,26 +681,29 @@ def test_ode_student_regresses_the_clean_end_from_a_level_of_each_chunk(make_run
     assert (chunks == chunks[..., :1]).all() and (chunks != chunks[:, :1]).any()
 
 
-@parametrize("change", ["", "--tilt", "--shuffle"])
+@parametrize("change", ["", "--tilt", "--shuffle", "--ema-start 1"])
 def test_student_step_asks_each_model_about_the_right_samples(make_run, monkeypatch, spy, change):
     run = make_run(f"--distill-steps 1 --critic-ratio 2 --student-lr 0.5 --critic-lr 0.5 {change}")
     cfg, saved, rewards = run.cfg, dict(run.state["stages"]), tensor([0.1, 0.5, 0.2, 0.4])
-    monkeypatch.setattr(rf, "motion_reward", lambda frames: rewards)
-    names = "motion_reward", "flow_matching_loss", "update", "guided_x0", "regress"
-    judged, critics, updates, teachers, steps = (spy(rf, name) for name in names)
-    samples = spy(run, "draw_samples")
+    run.reward = lambda frames, captions: rewards
+    names = "flow_matching_loss", "update", "guided_x0", "regress"
+    critics, updates, teachers, steps = (spy(rf, name) for name in names)
+    samples, judged = spy(run, "draw_samples"), spy(run, "reward")
     rf.train_student(run)
     real, step, critic = teachers[0], steps[0], critics[0].model
     assert same(real.teacher.state_dict(), saved["teacher"]["parts"][0])
     assert [call.model for call in updates] == [critic, critic, step.student]
     for loss, drawn in zip(critics, samples):
         assert loss.x0 is drawn.result[0] and drawn.student is step.student
-    told = real.teacher.embed_text(samples[0].result[3])             # the critic begins as it
+    told = run.world.text(samples[0].result[3])
+    told = real.teacher.embed_text(told)                             # the critic begins as it
     assert equal(critics[0].text_kv[0][0], told[0][0])
 
-    x, noisy, exit_sigma, text, _ = samples[2].result
+    x, noisy, exit_sigma, captions, _ = samples[2].result
+    text = run.world.text(captions)
     assert step.noisy is noisy and step.sigma is exit_sigma and step.clean is x
-    assert step.text is text and real.text is text and real.guidance == cfg.guidance
+    assert equal(step.text, text) and real.text is step.text and real.guidance == cfg.guidance
+    assert equal(real.negative, run.world.text([""]))
     sigma = per_sample(real.sigma)
     assert abs(((real.xt - (1 - sigma) * x) / sigma).std() - 1) < 0.05
     assert len(cat([real.sigma, critics[0].sigma]).unique()) > 6
@@ -657,7 +711,7 @@ def test_student_step_asks_each_model_about_the_right_samples(make_run, monkeypa
     g = (fake - real.result) / per_sample(rf.mean_each((x - real.result).abs()))
     assert error(step.target, x - g) < 1e-4
 
-    assert equal(judged[-1].frames, run.world.decode(x))
+    assert equal(judged[-1].frames, run.world.decode(x)) and judged[-1].captions is captions
     weights, even = exp(rewards / (-cfg.beta if cfg.tilt else cfg.beta)), ones(4)
     weights = weights / weights.mean()
     shown = step.weight * even
@@ -668,8 +722,9 @@ def test_student_step_asks_each_model_about_the_right_samples(make_run, monkeypa
     assert error(critics[1].weight * even, weights if cfg.tilt else even) < 1e-5
 
     student, before = step.student.state_dict(), saved["ode"]["parts"][0]
+    keep = 0 if cfg.ema_start else cfg.weight_ema
     for name, streamed in run.state["stages"]["student"]["parts"][0].items():
-        want = before[name].lerp(student[name], 1 - cfg.weight_ema)
+        want = before[name].lerp(student[name], 1 - keep)
         assert error(streamed, want) < 1e-5 < error(streamed, before[name])
 
 
@@ -677,7 +732,8 @@ def test_samples_stop_at_every_step_and_follow_from_their_noisy_frames(make_run)
     run, exits = make_run(), set()
     student = run.model("ode")
     for _ in range(16):
-        x, noisy, sigma, text, _ = run.draw_samples(student)
+        x, noisy, sigma, captions, _ = run.draw_samples(student)
+        text = run.world.text(captions)
         assert regress(student, text, run.cfg, noisy, sigma, x, target=x) < 1e-8
         exits.add(sigma.unique().item())
     assert exits == set(run.cfg.sigmas.tolist())
@@ -758,6 +814,17 @@ def test_every_parameter_is_stepped_once_per_update(spy):
     p.grad = torch.full_like(p, 0.5)
     assert rf.update(model, optimizers, 1.0, progress=0.5) == 4.0    # the norm before clipping
     assert [len(calls) for calls in stepped] == [1, 1] and p.grad is None
+
+
+def test_optimizer_of_the_paper_is_adamw_at_a_constant_rate():
+    model = VideoTransformer(replace(SMALL, adamw=True))
+    [adamw] = optimizers = rf.make_optimizers(model, FULL.student_lr)
+    for progress in (0.0, 0.5):
+        sum(p.sum() for p in model.parameters()).backward()
+        rf.update(model, optimizers, 10.0, progress)
+    [group] = adamw.param_groups
+    assert (group["lr"], *group["betas"], group["weight_decay"]) == (2e-6, 0, 0.999, 0.01)
+    assert type(adamw) is torch.optim.AdamW and FULL.critic_lr == 4e-7 and FULL.adamw
 
 
 def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(tmp_path, monkeypatch):
@@ -887,18 +954,29 @@ def test_golden_weights_load_from_every_layout_and_misfits_are_named(golden, tmp
         assert "\n" not in str(refusal.value)
 
 
-def test_text_is_the_encoders_and_zero_after_the_last_token(wan, monkeypatch):
+def test_text_is_the_encoders(wan, monkeypatch):
     from transformers import UMT5EncoderModel
     encoder = UMT5EncoderModel.from_pretrained(wan / "text_encoder")
     encoded = encoder(tensor([[2, 3, 4]])).last_hidden_state
     encoder.encoder.embed_tokens = torch.nn.Embedding(8, 16)         # untied
     monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", lambda *_, **__: encoder)
-    text = wan_text(["a red panda", "a"], wan, TINY_WAN, float32)
-    assert error(text[:1, :3], encoded) < 1e-5
-    assert not text[0, 3:].any() and not text[1, 1:].any()
+    short, text = wan_text(["a", "a red panda"], wan, TINY_WAN, float32)
+    assert error(text[None], encoded) < 1e-5 and len(short) == 1
     encoder.shared.weight.data.zero_()
     with raises(BadInput, match="word embedding"):
         wan_text(["a red panda"], wan, TINY_WAN, float32)
+
+
+def test_prompts_of_any_length_are_told_as_if_alone(wan, tmp_path):
+    (tmp_path / "prompts").write_text("a\na red panda\n")
+    args = rf.Options(wan=wan, prompts=tmp_path / "prompts", negative="red")
+    world, model = rf.PromptWorld(args, TINY_WAN, float32), random_model(TINY_WAN, float32)
+    text = world.text(["a red panda", "a"])
+    for row, caption in zip(text, world.prompts[::-1]):
+        ours, alone = (model.embed_text(x)[1][0] for x in (row[None], world.text([caption])))
+        assert error(ours, alone) < 1e-5
+    assert world.text(["red"]).shape == (1, 1, 16)
+    assert world.decode(randn(1, 3, 16, 4, 6), {}).shape == (1, 9, 3, 32, 48)
 
 
 def test_decoding_by_chunks_equals_decoding_the_whole(wan, monkeypatch):
@@ -1006,6 +1084,127 @@ def test_play_hands_every_chunk_on_in_order_and_holds_at_most_two():
     assert same(seen, list(rf.stream(model, text, SMALL, 18))) and max(ahead) <= 2
 
 
+# ----------------------------------------------------- Training at full size, with tiny parts
+STEPS = ("--full --train --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 16 --text-len 12 "
+         "--height 32 --width 48 --clip 9 --window 6 --batch 4 --critic-ratio 1 --distill-steps 3 "
+         "--ema-start 1 --student-lr 1e-3 --critic-lr 1e-3 --negative worst")
+
+
+def train(folder, out, more=""):
+    files = "--ode {0}/w.pt --critic {0}/w.pt --teacher {0}/w.pt --wan {0} --prompts {0}/prompts"
+    files = files.format(folder) + f" --reward videoalign:{folder} --out {folder / out}"
+    assert main(f"{STEPS} {files} {more}") == 0
+
+
+def stand_in(patch):
+    """For text encoder, VAE and reward, which are large. The reward is of sample and caption."""
+    class Reward:
+        def __init__(self, folder):
+            assert folder.is_dir()
+
+        def reward(self, frames, captions):
+            return frames.flatten(1).mean(1) + tensor([float(len(told)) for told in captions]) / 10
+
+    def wan_text(prompts, *_):
+        return [randn(1, 2 + i % 3, 16, generator=torch.Generator().manual_seed(i))
+                for i in range(len(prompts))]
+    patch(rf.WanVAE, "__init__", lambda *_: None)
+    patch(rf.WanVAE, "decode", lambda vae, latents, past: latents)
+    patch(rf, "wan_text", wan_text)
+    patch(rf, "VideoAlign", Reward)
+
+
+def worker(folder):
+    """One of two processes: three steps, then the last again from what a kill before it leaves."""
+    end = rf.Stage.end
+
+    def copied(stage, step, **numbers):
+        end(stage, step, **numbers)
+        if step == 1 and stage.run.rank == 0:
+            for copy in ("killed", "one"):
+                shutil.copytree(folder / "whole", folder / copy, dirs_exist_ok=True)
+    stand_in(setattr)
+    torch.distributed.destroy_process_group = lambda: None           # torchrun makes one only
+    rf.Stage.end = copied
+    train(folder, "whole", "--micro 2")
+    rf.Stage.end = end
+    train(folder, "killed", "--micro 2")
+
+
+@fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What worker left: {folder: checkpoint}, and the folder they are in."""
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.manual_seed(0)
+    state = random_model(replace(FULL, **given(STEPS)), float32).state_dict()
+    torch.save({"generator": {"model." + name: p for name, p in state.items()}}, folder / "w.pt")
+    (folder / "prompts").write_text("a\nred panda\nswims\n")
+    line = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    subprocess.run([sys.executable, *line, __file__, folder], check=True)
+    return folder
+
+
+@fixture
+def one_process(monkeypatch):
+    """This process, as torchrun would start it alone."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for pair in f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT={port}".split():
+        monkeypatch.setenv(*pair.split("="))
+    stand_in(partial(monkeypatch.setattr, raising=False))
+    return monkeypatch
+
+
+def difference(folder, *outs):
+    """The largest between the models, optimizers and logs of two runs."""
+    states = [rf.load_checkpoint(folder / out / "checkpoint.pt") for out in outs]
+    for row in states[0]["log"] + states[1]["log"]:
+        del row["tokens_per_second"], row["utilisation"]
+    parts = [tree_leaves([state["stages"], state["log"]]) for state in states]
+    assert len(parts[0]) == len(parts[1]) > 700
+    return max(np.abs(np.subtract(a, b)).max() for a, b in zip(*parts)
+               if isinstance(a, (torch.Tensor, float)))
+
+
+def test_three_sharded_steps_on_two_processes_equal_one_process_with_plain_models(two_processes,
+                                                                                 one_process):
+    def plain(run, stage):
+        model = VideoTransformer(run.cfg)
+        rf.load_weights(model, vars(run.args)[stage])
+        return model
+    one_process.setattr(rf.FullRun, "model", plain)
+    train(two_processes, "plain")                                    # each sample has its turn
+    assert 0 < difference(two_processes, "whole", "plain") < 1e-5
+
+
+def test_sharded_run_resumes_bitwise_and_on_one_process_to_rounding(two_processes, one_process):
+    assert difference(two_processes, "whole", "killed") == 0
+    train(two_processes, "one", "--micro 4")
+    assert 0 < difference(two_processes, "whole", "one") < 1e-5
+
+
+def test_sharded_checkpoint_holds_whole_models_under_the_public_names(two_processes):
+    path = two_processes / "whole/checkpoint.pt"
+    state, start = rf.load_checkpoint(path), torch.load(two_processes / "w.pt")["generator"]
+    with torch.device("meta"):
+        model = VideoTransformer(replace(FULL, **given(STEPS)))
+    rf.load_weights(model, path)
+    assert same(model.state_dict(), state["generator_ema"])
+    assert same(state["stages"]["student"]["parts"][1:3], [state["generator"], state["critic"]])
+    for kind in ("generator_ema", "generator", "critic"):
+        for name, p in state[kind].items():
+            assert 1e-5 < error(p, start["model." + name]) < 0.02
+
+
+def test_dry_run_counts_memory_of_the_real_shapes(capsys):
+    assert main("--full --dry-run --out /tmp") == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for line, count in zip(lines, (1, 8, 64)):
+        assert f"{count} GPUs" in line
+        assert f"student and critic {32 * 1_418_996_800 / count / 1e9:.1f}" in line
+    assert len(lines) == 3
+
+
 # ----------------------------------------------------------------------------- Command line
 def process(line):
     """A command line as a process of its own."""
@@ -1105,6 +1304,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --data README.md | README.md",
     "--toy --out /dev/null/x | /dev/null/x",
     "--toy --freq-dim 65 | try 64 or 66",
+    "--train --full | torchrun",
     "--stream | --prompt",
     "--stream --prompt pink | yellow",
     "--stream --prompt red --frames 10 | 9 or 12",
@@ -1140,3 +1340,7 @@ def test_compiled_stream_has_two_graphs_for_each_length_of_context_and_equals_ea
     assert len(graphs) == 12 + 11                # blocks of 0, 3, ..., 33 frames; layouts of 3, ...
     eager, fast = torch.cat([call.videos for call in videos], 1).float().chunk(2, 1)
     assert error(eager, fast) <= 1
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
