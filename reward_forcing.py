@@ -1393,7 +1393,7 @@ def step_flops(cfg, teacher):
 
 
 def plan(cfg, teacher, micro, counts):
-    """Print, from shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
+    """Print, by shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
     with torch.device("meta"):
         sizes = {c: sum(p.numel() for p in VideoTransformer(c).parameters())
                  for c in {cfg, teacher}}
