@@ -89,16 +89,18 @@ class Config:
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
-    clip: int = 12                  # frames per training clip; above W, so that the sink is updated
+    clip: int = 12                  # frames that are judged at once; above W: the sink is updated
+    rollout: int = 18               # frames that the causal stage goes on for
     batch: int = 12                 # clips or rollouts per update, in all stages
     teacher_steps: int = 5000
     teacher_lr: float = 0.08        # of Muon; AdamW, for what is no matrix, takes a tenth of it
     drop_caption: float = 0.1       # how often the teacher sees no caption: guidance needs it
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
     guidance: float = 1.0           # x0 = cond + guidance (cond - uncond); others add 1 to it
-    ode_clips: int = 16             # teacher trajectories per caption, for the student to regress
-    ode_steps: int = 240
-    ode_lr: float = 0.02
+    causal_steps: int = 1800
+    causal_lr: float = 0.02
+    ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
+    ode_clips: int = 16             # so many of them per caption
     distill_steps: int = 30         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
@@ -498,10 +500,10 @@ def dmd_gradient(x, x0_real, x0_fake):
     return (x0_fake - x0_real) / broadcast(normaliser, x)
 
 
-def regression_loss(x0, target, weight=1.0):
+def regression_loss(x0, target, weight=1.0, norm=mean_square):
     """1/2 mean of weight (x0 - target)^2, weight (B,). With target = stopgrad(x0 - g) this is the
     loss of Re-DMD: its slope in x0 is weight g / numel."""
-    return (weight * mean_square(x0 - target)).mean() / 2
+    return (weight * norm(x0 - target)).mean() / 2
 
 
 class RewardWeight(nn.Module):
@@ -532,7 +534,7 @@ def train_teacher(run):
     stage = Stage(run, "teacher", cfg.teacher_steps, teacher, *optimizers)
     for step in stage.bar:
         set_seed(cfg.seed, "teacher", step)
-        x0, text = run.draw_clips()                                          # (B, F, C, h, w)
+        x0, text = run.draw_clips(cfg.clip)                                          # (B, F, C, h, w)
         u = torch.rand(cfg.batch, cfg.clip)  # in half of the clips each frame has a level of its
         u[::2] = u[::2, :1]                  # own: clean neighbours teach where a noisy object is
         sigma = shift_sigma(u, cfg.sigma_shift)
@@ -561,7 +563,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack([*path[::stride], x], 1)
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0):
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
@@ -572,44 +574,54 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0):
     cache = EMASinkCache(cfg)
     total = 0.0
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
-        text_kv = student.embed_text(text)
+        text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
-        loss = regression_loss(x0, target[:, now], weight) * cfg.chunk / clean.shape[1]
+        loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
         loss.backward()
         total += loss.item()
         remember(student, clean[:, now], text_kv, cache)
     return total
 
 
-def train_ode(run):
-    """Stage 2: the causal student, started from the teacher, learns to jump from any of its four
-    noise levels to the end of the teacher's trajectories. Every chunk has a level of its own.
+def train_causal(run):
+    """Stage 2: the teacher becomes the causal student. Chunk by chunk, clean frames in its cache,
+    it learns to predict x0 from any of its four noise levels; every chunk has a level of its own.
+
+    The paper (--ode) regresses the ends of the teacher's trajectories, from points on them. But
+    where one leads depends on the noise of *later* frames, which a causal student cannot see: it
+    learns the mean of many videos, in which things slow down (2602.02214). So here it sees noised
+    data instead, where what comes next follows from what was.
 
     The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
     errors at small sigma more.
     """
     cfg = run.cfg
-    text = run.world.text(run.world.prompts * cfg.ode_clips)
     student = run.model("teacher")
-    optimizers = make_optimizers(student, cfg.ode_lr)
-    stage = Stage(run, "ode", cfg.ode_steps, student, *optimizers)
-    if not len(stage.bar):                                           # done: no trajectories
-        return
-    teacher, paths = run.model("teacher"), []
-    for some in text.split(cfg.batch):                               # all at once: much memory
-        noise = torch.randn(len(some), cfg.clip, *cfg.latent)
-        paths.append(teacher_trajectory(teacher, noise, some, cfg))
-    paths = torch.cat(paths)                                         # (clips, steps + 1, F, ...)
+    optimizers = make_optimizers(student, cfg.causal_lr)
+    stage = Stage(run, "causal", cfg.causal_steps, student, *optimizers)
+    if cfg.ode and len(stage.bar):
+        teacher, paths = run.model("teacher"), []
+        texts = run.world.text(run.world.prompts * cfg.ode_clips)
+        for text in texts.split(cfg.batch):                          # all at once: much memory
+            noise = torch.randn(len(text), cfg.clip, *cfg.latent)
+            paths.append(teacher_trajectory(teacher, noise, text, cfg))
+        paths = torch.cat(paths)                                     # (clips, steps + 1, F, ...)
     for step in stage.bar:
-        set_seed(cfg.seed, "ode", step)
-        picked = torch.randint(len(text), (cfg.batch,))
-        level = torch.randint(cfg.denoise_steps, (cfg.batch, cfg.clip // cfg.chunk))
+        set_seed(cfg.seed, "causal", step)
+        if cfg.ode:
+            picked = torch.randint(len(texts), (cfg.batch,))
+            clean, text = paths[picked, -1], texts[picked]                   # (B, F, C, h, w)
+        else:
+            clean, text = run.draw_clips(cfg.rollout, mirror=True)
+        level = torch.randint(cfg.denoise_steps, (len(clean), clean.shape[1] // cfg.chunk))
         level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
-        noisy = paths[picked[:, None], level, torch.arange(cfg.clip)]        # (B, F, C, h, w)
-        clean = paths[picked, -1]
         sigma = cfg.sigmas[level]
-        loss = regress(student, text[picked], cfg, noisy, sigma, clean, target=clean)
-        grad_norm = update(student, optimizers, 1.0, step / cfg.ode_steps)
+        if cfg.ode:
+            noisy = paths[picked[:, None], level, torch.arange(cfg.clip)]
+        else:
+            noisy = add_noise(clean, torch.randn_like(clean), sigma)
+        loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
+        grad_norm = update(student, optimizers, 1.0, step / cfg.causal_steps)
         stage.end(step, loss=loss, grad_norm=grad_norm)
 
 
@@ -632,7 +644,7 @@ def train_student(run):
     """
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
-    student, average = run.model("ode"), run.model("ode")            # the average is what streams
+    student, average = run.model("causal"), run.model("causal")      # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
     # Beyond the paper, --tilt: a critic trained with weights exp(-reward / beta) models
@@ -661,7 +673,7 @@ def train_student(run):
         samples = [run.draw_samples(student) for _ in run.each_turn()]
         reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
         if cfg.shuffle:                                                      # (batch,)
-            reward = reward[torch.randperm(cfg.batch)]
+            reward = reward.roll(1)
         weight = weigh(reward)
         loss = gap = 0.0
         for _, (x, noisy, exit_sigma, captions, cache) in zip(run.each_turn(), samples):
@@ -713,10 +725,10 @@ class ToyWorld:
         self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
-        check(latent == [*cfg.latent] and frames >= cfg.clip and len(self.words) <= cfg.text_dim,
+        check(latent == [*cfg.latent] and frames >= cfg.rollout and len(self.words) <= cfg.text_dim,
               f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
-              f"do not fit {[*cfg.latent]}, --clip {cfg.clip} and --text-dim {cfg.text_dim}: "
-              "change the flags or make another by tiny_data/make.py")
+              f"do not fit {[*cfg.latent]}, --rollout {cfg.rollout} and --text-dim "
+              f"{cfg.text_dim}: change the flags or make another by tiny_data/make.py")
         self.text(self.prompts)                                      # is one too long? refused now
 
     def text(self, captions):
@@ -950,15 +962,19 @@ class Run:
         """The rewards of this turn, of all processes, for x (n, F, C, h, w) and n captions."""
         return self.whole(self.reward(self.world.decode(x, {}), captions))
 
-    def draw_clips(self):
-        """Random cuts of random clips, as latents, and their text, some of it dropped."""
+    def draw_clips(self, frames, mirror=False):
+        """Random cuts of random clips, as latents (B, frames, C, h, w), and their text, some of it
+        dropped. Batches of longer cuts have fewer; mirror every other cut, left to right."""
         cfg, world = self.cfg, self.world
-        clips, frames = world.clips.shape[:2]
-        picked = torch.randint(clips, (cfg.batch,))
-        start = torch.randint(frames - cfg.clip + 1, (cfg.batch, 1))
-        cuts = world.clips[picked[:, None], start + torch.arange(cfg.clip)]
+        batch = math.ceil(cfg.batch * cfg.clip / frames)
+        clips, length = world.clips.shape[:2]
+        picked = torch.randint(clips, (batch,))
+        start = torch.randint(length - frames + 1, (batch, 1))
+        cuts = world.clips[picked[:, None], start + torch.arange(frames)]
+        if mirror:
+            cuts[::2] = cuts[::2].flip(-1)
         text = world.text([world.captions[i] for i in picked])
-        text[torch.rand(cfg.batch) < cfg.drop_caption] = 0
+        text[torch.rand(batch) < cfg.drop_caption] = 0
         return world.encode(cuts), text
 
     def draw_sigma(self):
@@ -1122,7 +1138,7 @@ def report(run, frames):
     shown = {
         "data": (world.clips, world.captions),
         "teacher": (world.decode(path[:, -1]), captions),
-        "student, ODE": stream_all(run, "ode", cfg.clip, 4),         # these two from the same noise
+        "causal": stream_all(run, "causal", cfg.clip, 4),            # these two from the same noise
         "student": stream_all(run, "student", cfg.clip, 4),
     }
     rows = {name: measure(*pair, cfg.chunk) for name, pair in shown.items()}
@@ -1313,7 +1329,8 @@ class FullRun(Run):
         self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
         self.rank, self.processes = mesh.get_rank(), mesh.size()
         self.turns = cfg.batch // mesh.size() // args.micro
-        self.args, self.teacher, self.dtype = args, teacher, dtype
+        self.teacher, self.dtype = teacher, dtype
+        self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:"))).reward
         super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
@@ -1328,7 +1345,7 @@ class FullRun(Run):
             cfg, kept = self.teacher, self.dtype
         with torch.device("meta"):
             model = VideoTransformer(cfg)
-        load_weights(model, vars(self.args)[stage])
+        load_weights(model, self.files[stage])
         policy = fsdp.MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -1420,9 +1437,9 @@ def train_full(args, given, dtype):
     if args.dry_run:
         plan(cfg, teacher, args.micro, [1, 8, 64])
         return
-    files = args.ode, args.critic, args.teacher, args.wan, args.prompts, args.reward
+    files = args.weights, args.critic, args.teacher, args.wan, args.prompts, args.reward
     check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
-          "too, and needs --ode, --critic, --teacher, --wan, --prompts and --reward: see --help")
+          "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward: see --help")
     count = int(os.environ["WORLD_SIZE"])
     check_multiple("batch", cfg.batch, count * args.micro)
     plan(cfg, teacher, args.micro, [count])
@@ -1451,9 +1468,9 @@ class Options:
     vae: Path = None                # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path = None              # a picture, or a GIF or WebP, that the stream goes on from
     frames: int = 0                 # video frames; 0: 240 in the toy, 81 at full size, bench 477
-    weights: Path = None            # with --full: .pt, .safetensors, or a folder of them
+    weights: Path = None            # with --full: .pt, .safetensors, or a folder of them; with
+                                    # --train where the student starts
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
-    ode: Path = None                # with --train: where the student starts, as --weights
     critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts
     teacher: Path = None            # with --train: the same, or
     large_teacher: bool = False     # with --train: Wan2.1-T2V-14B as --teacher
@@ -1489,6 +1506,7 @@ def check_config(cfg):
     check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
           "alpha, drop_caption and weight_ema must be at most 1")
     check_multiple("clip", cfg.clip, cfg.chunk)
+    check_multiple("rollout", cfg.rollout, cfg.chunk)
     check_multiple("sample_steps", cfg.sample_steps, cfg.denoise_steps)
     check_multiple("freq_dim", cfg.freq_dim, 2)                      # a cosine and a sine
     check(cfg.dim % (2 * cfg.heads) == 0 and cfg.head_dim >= 6, f"heads={cfg.heads} must "
@@ -1514,7 +1532,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         window=9, alpha=0.99, sigma_shift=5.0,
-        clip=21, batch=64, guidance=3.0, beta=0.5,
+        clip=21, rollout=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         adamw=True, student_lr=2e-6, critic_lr=4e-7),
@@ -1662,7 +1680,7 @@ def toy_command(args, given, dtype):
             "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
         run.model("teacher")                                         # refused if it does not fit
     train_teacher(run)
-    train_ode(run)
+    train_causal(run)
     train_student(run)
     (ablate if args.ablate else report)(run, args.frames)
 

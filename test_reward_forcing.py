@@ -45,7 +45,7 @@ TOY = PRESETS["scratch"]
 FULL = PRESETS["full"]
 SMALL = replace(TOY, dim=24, ffn_dim=32, heads=2, layers=2, height=16, width=24, text_dim=16)
 TINY = ("--from-scratch --dim 24 --ffn-dim 24 --heads 2 --layers 1 --batch 4 --sample-steps 4 "
-        "--ode-clips 1 --critic-ratio 1 --teacher-steps 60 --ode-steps 40 --distill-steps 40 "
+        "--ode-clips 1 --critic-ratio 1 --teacher-steps 60 --causal-steps 40 --distill-steps 40 "
         "--frames 24")
 
 
@@ -622,7 +622,7 @@ def make_run(tmp_path):
     def make(line=""):
         cfg = replace(TOY, **given(f"{TINY} {line}"))
         run = rf.Run(cfg, tmp_path, rf.ToyWorld(cfg, WORLD))
-        for stage in ("teacher", "ode"):
+        for stage in ("teacher", "causal"):
             weights = random_model(run.cfg, float32).state_dict()
             run.state["stages"][stage] = {"step": 0, "parts": [weights]}
         return run
@@ -634,10 +634,14 @@ def test_clips_have_their_captions_some_of_which_are_dropped(make_run, spy):
     world = run.world
     world.clips[:] = arange(120).view(-1, 1, 1, 1, 1)
     encoded = spy(world, "encode")
-    x0, text = run.draw_clips()
+    x0, text = run.draw_clips(12)
     told = world.text([world.captions[i] for i in encoded[0].frames[:, 0, 0, 0, 0]])
     kept = text.flatten(1).any(1)
     assert equal(text[kept], told[kept]) and 30 < kept.sum() < 70
+    world.clips[:] = arange(32)
+    run.draw_clips(24, mirror=True)
+    frames = encoded[1].frames
+    assert frames.shape[:2] == (50, 24) and equal(frames[::2], frames[1::2].flip(-1))
 
 
 def test_teacher_learns_from_clips_their_text_and_levels_of_half_the_frames(make_run, spy):
@@ -663,20 +667,28 @@ def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
         assert error(path[:, level], line) < 1e-5
 
 
-def test_ode_student_regresses_the_clean_end_from_a_level_of_each_chunk(make_run, spy):
-    run = make_run("--ode-steps 1")
+@parametrize("ode", ["", "--ode"])
+def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(make_run, spy, ode):
+    run = make_run(f"--causal-steps 1 --rollout 18 {ode}")
     cfg, weights = run.cfg, run.state["stages"]["teacher"]["parts"][0]
-    run.state["stages"].pop("ode")
-    calls, asked = spy(rf, "teacher_trajectory"), spy(rf, "regress")
-    rf.train_ode(run)
-    step, paths = asked[0], cat([call.result for call in calls])
-    texts = cat([call.text for call in calls])
-    assert same(calls[0].teacher.state_dict(), weights)
-    clip = (step.clean[:, None] == paths[:, -1]).flatten(2).all(2).long().argmax(1)
+    run.state["stages"].pop("causal")
+    calls, asked, drawn = spy(rf, "teacher_trajectory"), spy(rf, "regress"), spy(run, "draw_clips")
+    rf.train_causal(run)
+    step = asked[0]
     level = (step.sigma[..., None] == cfg.sigmas).long().argmax(2)
-    noisy = paths[clip[:, None], level, arange(cfg.clip)]
-    assert equal(step.target, paths[clip, -1]) and equal(step.noisy, noisy)
-    assert equal(step.text, texts[clip])
+    if ode:
+        assert same(calls[0].teacher.state_dict(), weights)
+        paths, texts = cat([call.result for call in calls]), cat([call.text for call in calls])
+        clip = (step.clean[:, None] == paths[:, -1]).flatten(2).all(2).long().argmax(1)
+        noisy, text = paths[clip[:, None], level, arange(cfg.clip)], texts[clip]
+        assert equal(step.noisy, noisy) and equal(step.target, paths[clip, -1])
+    else:
+        clean, text = drawn[0].result
+        sigma = step.sigma[..., None, None, None]
+        noise = (step.noisy - (1 - sigma) * clean) / sigma
+        assert abs(noise.std() - 1) < 0.03 and abs(noise.mean()) < 0.03
+        assert step.clean is step.target is clean and clean.shape[:2] == (3, 18)
+    assert equal(step.text, text) and step.norm is rf.motion_square
     chunks = level.unflatten(1, (-1, cfg.chunk))
     assert (chunks == chunks[..., :1]).all() and (chunks != chunks[:, :1]).any()
 
@@ -721,7 +733,7 @@ def test_student_step_asks_each_model_about_the_right_samples(make_run, monkeypa
     assert error(shown, even if cfg.tilt else weights) < 1e-5
     assert error(critics[1].weight * even, weights if cfg.tilt else even) < 1e-5
 
-    student, before = step.student.state_dict(), saved["ode"]["parts"][0]
+    student, before = step.student.state_dict(), saved["causal"]["parts"][0]
     keep = 0 if cfg.ema_start else cfg.weight_ema
     for name, streamed in run.state["stages"]["student"]["parts"][0].items():
         want = before[name].lerp(student[name], 1 - keep)
@@ -730,7 +742,7 @@ def test_student_step_asks_each_model_about_the_right_samples(make_run, monkeypa
 
 def test_samples_stop_at_every_step_and_follow_from_their_noisy_frames(make_run):
     run, exits = make_run(), set()
-    student = run.model("ode")
+    student = run.model("causal")
     for _ in range(16):
         x, noisy, sigma, captions, _ = run.draw_samples(student)
         text = run.world.text(captions)
@@ -828,7 +840,7 @@ def test_optimizer_of_the_paper_is_adamw_at_a_constant_rate():
 
 
 def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(tmp_path, monkeypatch):
-    kills, end = [("student", 33), ("ode", 15), ("teacher", 23)], rf.Stage.end
+    kills, end = [("student", 33), ("causal", 15), ("teacher", 23)], rf.Stage.end
 
     def killed(stage, step, **numbers):                              # steps since the last save
         if kills and kills[-1] == (stage.name, step):                # are lost
@@ -867,7 +879,7 @@ def test_ablation_trains_every_arm_once_with_its_own_change(tmp_path, monkeypatc
         train(run)
     monkeypatch.setattr(rf, "train_student", counted)
     monkeypatch.setattr(rf, "SEEDS", (100, 101))
-    line = (f"--toy {TINY} --teacher-steps 1 --ode-steps 1 --distill-steps 1 --ablate "
+    line = (f"--toy {TINY} --teacher-steps 1 --causal-steps 1 --distill-steps 1 --ablate "
             f"--out {tmp_path}")
     assert main(line) == 0
     base = arms.pop(0)
@@ -1091,7 +1103,7 @@ STEPS = ("--full --train --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 1
 
 
 def train(folder, out, more=""):
-    files = "--ode {0}/w.pt --critic {0}/w.pt --teacher {0}/w.pt --wan {0} --prompts {0}/prompts"
+    files = "--weights {0}/w.pt --critic {0}/w.pt --teacher {0}/w.pt --wan {0} --prompts {0}/prompts"
     files = files.format(folder) + f" --reward videoalign:{folder} --out {folder / out}"
     assert main(f"{STEPS} {files} {more}") == 0
 
@@ -1106,7 +1118,7 @@ def stand_in(patch):
             return frames.flatten(1).mean(1) + tensor([float(len(told)) for told in captions]) / 10
 
     def wan_text(prompts, *_):
-        return [randn(1, 2 + i % 3, 16, generator=torch.Generator().manual_seed(i))
+        return [randn(2 + i % 3, 16, generator=torch.Generator().manual_seed(i))
                 for i in range(len(prompts))]
     patch(rf.WanVAE, "__init__", lambda *_: None)
     patch(rf.WanVAE, "decode", lambda vae, latents, past: latents)
@@ -1170,7 +1182,7 @@ def test_three_sharded_steps_on_two_processes_equal_one_process_with_plain_model
                                                                                  one_process):
     def plain(run, stage):
         model = VideoTransformer(run.cfg)
-        rf.load_weights(model, vars(run.args)[stage])
+        rf.load_weights(model, run.files[stage])
         return model
     one_process.setattr(rf.FullRun, "model", plain)
     train(two_processes, "plain")                                    # each sample has its turn
@@ -1221,7 +1233,7 @@ def trained(tmp_path_factory):
 def test_toy_writes_every_file_and_its_losses_fall(trained):
     assert {path.suffix for path in trained.iterdir()} == set(".png .gif .jsonl .pt .json".split())
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    for stage in ("teacher", "ode"):
+    for stage in ("teacher", "causal"):
         losses = [line["loss"] for line in log if line["stage"] == stage]
         assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:2])
     assert log[-1]["sink_updates"] == 3 and log[-1]["weight_min"] < log[-1]["weight_max"]
