@@ -96,12 +96,12 @@ class Config:
     teacher_lr: float = 0.08        # of Muon; AdamW, for what is no matrix, takes a tenth of it
     drop_caption: float = 0.1       # how often the teacher sees no caption: guidance needs it
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
-    guidance: float = 1.0           # x0 = cond + guidance (cond - uncond); others add 1 to it
+    guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); others add 1 to it
     causal_steps: int = 1800
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
     ode_clips: int = 16             # so many of them per caption
-    distill_steps: int = 30         # student updates of Re-DMD
+    distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
@@ -534,7 +534,7 @@ def train_teacher(run):
     stage = Stage(run, "teacher", cfg.teacher_steps, teacher, *optimizers)
     for step in stage.bar:
         set_seed(cfg.seed, "teacher", step)
-        x0, text = run.draw_clips(cfg.clip)                                          # (B, F, C, h, w)
+        x0, text = run.draw_clips(cfg.clip)                                  # (B, F, C, h, w)
         u = torch.rand(cfg.batch, cfg.clip)  # in half of the clips each frame has a level of its
         u[::2] = u[::2, :1]                  # own: clean neighbours teach where a noisy object is
         sigma = shift_sigma(u, cfg.sigma_shift)
@@ -607,7 +607,7 @@ def train_causal(run):
             paths.append(teacher_trajectory(teacher, noise, text, cfg))
         paths = torch.cat(paths)                                     # (clips, steps + 1, F, ...)
     for step in stage.bar:
-        set_seed(cfg.seed, "causal", step)
+        set_seed(cfg.seed, "start", step)
         if cfg.ode:
             picked = torch.randint(len(texts), (cfg.batch,))
             clean, text = paths[picked, -1], texts[picked]                   # (B, F, C, h, w)
@@ -909,7 +909,25 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:                                       # torch raises many kinds
         raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
-                       "anew, with --toy, and with --from-scratch if it is teacher.pt")
+                       "anew, with --toy")
+
+
+def load_shipped(cfg):
+    """{stage: as Stage.end saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
+    student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
+    stages, shapes = {}, VideoTransformer(cfg).state_dict()
+    sizes = [p.numel() for p in shapes.values()]
+    with np.load(Path(__file__).parent / "tiny_data/shipped.npz") as file:
+        for stage, steps in (("teacher", cfg.teacher_steps), ("causal", cfg.causal_steps)):
+            flat, scales = torch.tensor(file[stage]), torch.tensor(file[stage + " scale"])
+            check(len(flat) == sum(sizes), "the shipped teacher does not fit these flags: add "
+                  "--from-scratch")
+            weights = [part * scale for part, scale in zip(flat.split(sizes), scales)]
+            named = {name: w.view_as(p) for w, (name, p) in zip(weights, shapes.items())}
+            stages[stage] = {"step": steps, "parts": [named]}
+    if cfg.ode:
+        del stages["causal"]
+    return stages
 
 
 class Run:
@@ -939,11 +957,8 @@ class Run:
         set_seed(self.cfg.seed)
         model = VideoTransformer(self.cfg)
         if stage:
-            try:
-                stages = self.state["stages"]
-                model.load_state_dict(stages.get(stage, stages["teacher"])["parts"][0])
-            except RuntimeError:
-                raise BadInput("the shipped teacher does not fit these flags: add --from-scratch")
+            stages = self.state["stages"]
+            model.load_state_dict(stages.get(stage, stages["teacher"])["parts"][0])
         return model
 
     def each_turn(self):
@@ -1305,6 +1320,87 @@ def compile_student(student):
 
 
 # ------------------------------------------------------------------------ Training at full size
+class VideoAlign:
+    """VideoAlign's motion quality (MQ, arXiv 2501.13918), the paper's reward: Qwen2-VL-2B reads the
+    clip and a rating instruction, and a linear head scores its last state at <|MQ_reward|>.
+
+    The instruction quotes the caption after that token and the model is causal, so the caption
+    cannot change MQ: the text is cut at <|MQ_reward|>. What the folder must hold:
+        model_config.json        frames per second, LoRA, mean and std of the scores
+        checkpoint-*/model.pth   one; all weights, under the names that peft gives them
+        template.txt             the instruction in VideoAlign's prompt_template.py, to the letter
+                                 (the line breaks at both ends too), {text_prompt} left as it is
+        Qwen2-VL-2B-Instruct/    the model that VideoAlign was trained from, as downloaded
+    BadInput says what is missing or does not fit.
+    """
+    def __init__(self, folder, dtype):
+        try:
+            from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLModel
+            template = (folder / "template.txt").read_text()
+            before, motion, after = template.partition("<|MQ_reward|>")
+            check("<|VQ_reward|>" in before and "<|TA_reward|>" in after
+                  and "{text_prompt}" in after, "template.txt must have <|VQ_reward|>, then "
+                  "<|MQ_reward|>, then {text_prompt} and <|TA_reward|>")
+            self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+                         f"{before}{motion}")                   # Qwen2-VL's chat format
+            config = json.loads((folder / "model_config.json").read_text())
+            data, lora = config["data_config"], config["peft_lora_config"]
+            self.fps, self.norm = data["fps"], config["inference_config"]
+            # patches of 1 image, paired below: asked for 2, it would show each image twice
+            self.processor = Qwen2VLImageProcessor(
+                temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
+            base = folder / "Qwen2-VL-2B-Instruct"
+            self.tokenizer = AutoTokenizer.from_pretrained(base)
+            self.tokenizer.add_tokens(
+                ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
+            self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
+            self.model.resize_token_embeddings(len(self.tokenizer))
+            self.model.to(torch.get_default_device()).eval()
+            path, = folder.glob("checkpoint-*/model.pth")
+            state = torch.load(path, map_location=self.model.device)
+            # W + alpha / r B A
+            for name in [name for name in state if "lora_A" in name]:
+                change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
+                change *= lora["lora_alpha"] / lora["lora_r"]
+                state[name.replace("lora_A.default", "base_layer")] += change
+            for name in list(state):                 # peft's names -> those of newer transformers
+                short = name.replace("base_layer.", "")
+                short = short.replace("base_model.model.model.", "language_model.")
+                state[short.replace("base_model.model.", "")] = state.pop(name)
+            self.head = state.pop("rm_head.weight").float()
+            del state["lm_head.weight"]
+            self.model.load_state_dict(state)                        # strict: names every misfit
+        except Exception as error:                                   # each file raises its own
+            raise BadInput(f"--reward videoalign:{folder} cannot be used ({str(error)[:500]!r}): "
+                           "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, "
+                           "its instruction as template.txt, and Qwen2-VL-2B-Instruct/")
+
+    @torch.no_grad()
+    def __call__(self, frames, captions):
+        """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
+        standard deviations from VideoAlign's mean: negative scores are usual. captions: unused."""
+        most = frames.shape[1]
+        count = 2 * round(max(4, most / 16 * self.fps) / 2)          # images of a clip that it sees
+        chosen = torch.linspace(0, most - 1, count).round().long()
+        images = frames[:, chosen].flatten(0, 1).cpu()
+        cut = self.processor(images, return_tensors="pt").to(self.model.device)
+        # pairs of images: (B count, h w, 3 14 14) -> (B count/2, h w, 3 2 14 14)
+        patches = cut.pixel_values.view(len(images) // 2, 2, -1, 3, 196).movedim(1, 3)
+        grid = cut.image_grid_thw[::count]
+        grid[:, 0] = count // 2
+        pad = "<|video_pad|>"                                        # stands for 2 x 2 patches
+        chat = self.chat.replace(pad, pad * int(grid[0].prod() // 4))
+        ids = torch.tensor(self.tokenizer(chat).input_ids).expand(len(frames), -1)
+        # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
+        positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        states = self.model(
+            input_ids=ids, position_ids=positions, video_grid_thw=grid,
+            pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
+        score = states[:, -1].float() @ self.head[len(self.head) // 2]       # its only row, or MQ's
+        return (score - self.norm["MQ_mean"]) / self.norm["MQ_std"]
+
+
 class PromptWorld(WanVAE):
     """What ToyWorld is to the toy: the lines of a text file, their features, which are made once,
     before a model is loaded, and the VAE, through which the reward sees the samples."""
@@ -1332,7 +1428,7 @@ class FullRun(Run):
         self.teacher, self.dtype = teacher, dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
-        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:"))).reward
+        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), dtype)
         super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
 
     def model(self, stage):
@@ -1439,7 +1535,7 @@ def train_full(args, given, dtype):
         return
     files = args.weights, args.critic, args.teacher, args.wan, args.prompts, args.reward
     check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
-          "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward: see --help")
+          "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward")
     count = int(os.environ["WORLD_SIZE"])
     check_multiple("batch", cfg.batch, count * args.micro)
     plan(cfg, teacher, args.micro, [count])
@@ -1676,9 +1772,7 @@ def toy_command(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        run.state["stages"].setdefault(
-            "teacher", load_checkpoint(args.data.with_name("teacher.pt")))
-        run.model("teacher")                                         # refused if it does not fit
+        run.state["stages"] = load_shipped(cfg) | run.state["stages"]
     train_teacher(run)
     train_causal(run)
     train_student(run)

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 from pytest import fixture, importorskip, mark, raises
-from torch import (arange, cat, equal, exp, float32, float64, ones, rand, randn, randn_like, stack,
-                   tensor, zeros)
+from torch import (arange, cat, equal, exp, float32, float64, ones, rand, randint, randn, randn_like,
+                   stack, tensor, zeros)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -1096,6 +1096,128 @@ def test_play_hands_every_chunk_on_in_order_and_holds_at_most_two():
     assert same(seen, list(rf.stream(model, text, SMALL, 18))) and max(ahead) <= 2
 
 
+# ------------------------------------------------------------------- The paper's reward
+CHAT = ("<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start|> user "
+        "<|vision_start|> <|video_pad|> <|vision_end|> {} <|im_end|> <|im_start|> assistant")
+REWARDS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
+TEMPLATE = "rate a <|VQ_reward|> a <|MQ_reward|> {text_prompt} <|TA_reward|>"
+WORDS = ["<unk>", "rate", "panda", *dict.fromkeys(CHAT.replace("{} ", "").split()), *REWARDS]
+PEFT = "base_model.model."
+
+
+def save_videoalign(folder, rows):
+    """(model, state): VideoAlign's files of a tiny random model, and the weights in them. Linears
+    are saved as W - alpha / r B A: the model is what is right once LoRA is merged."""
+    if not os.environ.get("CI"):
+        importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
+    base = folder / "Qwen2-VL-2B-Instruct"
+    known = WORDS[:-3]
+    ids = dict(zip(known, range(99)))
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    words.add_tokens([word for word in known if "|" in word], special_tokens=True)
+    words.save_pretrained(base)
+    sizes = dict(hidden_size=32, initializer_range=0.2)
+    text = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=48, vocab_size=99, attention_dropout=0.5,
+                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]})
+    vision = dict(depth=1, embed_dim=32, num_heads=2)
+    config = Qwen2VLConfig(text_config=sizes | text, vision_config=sizes | vision,
+                           video_token_id=ids["<|video_pad|>"])
+    Qwen2VLModel(config).save_pretrained(base)           # other weights, and more rows than words
+    config.text_config.vocab_size = len(WORDS)
+    model = Qwen2VLModel(config).eval()
+    state = {"rm_head.weight": randn(rows, 32), "lm_head.weight": zeros(2, 32)}
+    for name, p in model.state_dict().items():
+        name = name.replace("language_model", "model")
+        if "_proj.weight" in name:
+            down, up = randn(3, p.shape[1]), randn(p.shape[0], 3)
+            state[name.replace("weight", "lora_A.default.weight")] = down
+            state[name.replace("weight", "lora_B.default.weight")] = up
+            p = p - 4 / 3 * up @ down
+        state[name.replace("_proj.", "_proj.base_layer.")] = p
+    state = {PEFT + name: p for name, p in state.items()}
+    (folder / "checkpoint-7").mkdir()
+    torch.save(state, folder / "checkpoint-7/model.pth")
+    (folder / "template.txt").write_text(TEMPLATE)
+    (folder / "model_config.json").write_text(json.dumps({
+        "data_config": {"fps": 2.0, "max_frame_pixels": 200704},
+        "peft_lora_config": {"lora_r": 3, "lora_alpha": 4},
+        "inference_config": {"MQ_mean": 0.3, "MQ_std": 7}}))
+    return model, state
+
+
+@torch.no_grad()
+def plain_score(model, head, frames, caption):
+    """The same score by hand, from the whole chat with its caption. The language model alone
+    counts its positions in 1-D."""
+    pixels = frames[[0, 9, 18, 27, 36, 44, 53, 62, 71, 80]] / 255    # 2 per second and even
+    mean = tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    patches = []
+    for pair in ((pixels - mean) / std).split(2):
+        for y, x in itertools.product(range(0, 224, 28), range(0, 448, 28)):
+            square = pair[..., y:y + 28, x:x + 28]
+            parts = [part for row in square.split(14, 2) for part in row.split(14, 3)]
+            patches += [part.transpose(0, 1).flatten() for part in parts]
+    seen = model.visual(stack(patches), grid_thw=tensor([[5, 16, 32]])).pooler_output
+    chat = CHAT.format(TEMPLATE).replace("{text_prompt}", caption).split()
+    at = chat.index("<|video_pad|>")
+    words = model.language_model.embed_tokens(tensor([WORDS.index(word) for word in chat]))
+    inputs = cat([words[:at], seen, words[at + 1:]])[None]
+    states = model.language_model(inputs_embeds=inputs).last_hidden_state[0]
+    scores = states[chat.index("<|MQ_reward|>") + len(seen) - 1] @ head.T
+    return (scores[len(head) // 2] - 0.3) / 7
+
+
+@parametrize("rows", [1, 3])
+def test_videoalign_equals_the_plain_computation_for_every_clip(tmp_path, rows):
+    model, state = save_videoalign(tmp_path, rows)
+    clips = randint(256, (2, 81, 3, 224, 448)).to(torch.uint8)
+    clips[1, 40:] //= 2
+    captions = ["a panda", "panda are a panda ."]
+    scores = rf.VideoAlign(tmp_path, float32)(clips, captions)
+    head = state[PEFT + "rm_head.weight"]
+    plain = [plain_score(model, head, *pair) for pair in zip(clips, captions)]
+    assert error(scores, stack(plain)) < 1e-4 < 0.01 < error(*scores)
+
+
+@parametrize("size, grid", [((480, 832), [24, 42]), ((120, 208), [18, 30])])
+def test_videoalign_sees_squares_of_28_px_and_as_many_as_it_was_trained_on(tmp_path, size, grid):
+    save_videoalign(tmp_path, 1)
+    processor = rf.VideoAlign(tmp_path, float32).processor
+    cut = processor(zeros(3, *size), return_tensors="pt")
+    assert cut.image_grid_thw[0, 1:].tolist() == grid
+
+
+@parametrize("place", REWARDS + ["{text_prompt}"])
+def test_videoalign_refuses_another_instruction(tmp_path, place):
+    save_videoalign(tmp_path, 1)
+    (tmp_path / "template.txt").write_text(TEMPLATE.replace(place, ""))
+    with raises(BadInput, match="template.txt must have"):
+        rf.VideoAlign(tmp_path, float32)
+
+
+def test_videoalign_names_what_is_missing_or_does_not_fit(tmp_path):
+    _, state = save_videoalign(tmp_path, 1)
+    weights = tmp_path / "checkpoint-7/model.pth"
+    state["surplus"] = state.pop(PEFT + "model.norm.weight")
+    torch.save(state, weights)
+    with raises(BadInput, match="Missing.*model.norm.weight.*Unexpected.*surplus") as refusal:
+        rf.VideoAlign(tmp_path, float32)
+    assert "\n" not in str(refusal.value)
+    weights.unlink()
+    with raises(BadInput, match="got 0.*needs.*one checkpoint-"):
+        rf.VideoAlign(tmp_path, float32)
+    for name in "model_config.json", "template.txt":
+        (tmp_path / name).unlink()
+        with raises(BadInput, match="No such file.*" + name):
+            rf.VideoAlign(tmp_path, float32)
+
+
 # ----------------------------------------------------- Training at full size, with tiny parts
 STEPS = ("--full --train --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 16 --text-len 12 "
          "--height 32 --width 48 --clip 9 --window 6 --batch 4 --critic-ratio 1 --distill-steps 3 "
@@ -1103,18 +1225,18 @@ STEPS = ("--full --train --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 1
 
 
 def train(folder, out, more=""):
-    files = "--weights {0}/w.pt --critic {0}/w.pt --teacher {0}/w.pt --wan {0} --prompts {0}/prompts"
-    files = files.format(folder) + f" --reward videoalign:{folder} --out {folder / out}"
-    assert main(f"{STEPS} {files} {more}") == 0
+    weights = f"--weights {folder}/w.pt --critic {folder}/w.pt --teacher {folder}/w.pt"
+    files = f"{weights} --wan {folder} --prompts {folder}/prompts --out {folder / out}"
+    assert main(f"{STEPS} {files} --reward videoalign:{folder} {more}") == 0
 
 
 def stand_in(patch):
     """For text encoder, VAE and reward, which are large. The reward is of sample and caption."""
     class Reward:
-        def __init__(self, folder):
+        def __init__(self, folder, dtype):
             assert folder.is_dir()
 
-        def reward(self, frames, captions):
+        def __call__(self, frames, captions):
             return frames.flatten(1).mean(1) + tensor([float(len(told)) for told in captions]) / 10
 
     def wan_text(prompts, *_):
