@@ -427,7 +427,7 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise. chunks=None goes on forever.
     In distillation all chunks stop after so many of their denoising steps.
     start: clean chunks (B, L, C, h, w) that stand for the first ones; the stream goes on from them.
-    steer(chunk) is asked before every chunk: text (B, T, text_dim) from there on, or None, no
+    steer(chunk) is asked before every chunk but the first: text (B, T, text_dim) from there on, or None, no
     change. With reread the new text is also the one under which the newest chunk is remembered.
     """
     def fresh(chunk, step):
@@ -436,11 +436,6 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
     for chunk in itertools.count() if chunks is None else range(chunks):
-        before, told = text_kv, steer and steer(chunk)
-        if told is not None:
-            text_kv = student.embed_text(told)
-        if chunk > 0:
-            remember(student, x0, text_kv if reread else before, cache)
         if chunk < len(start):
             x0 = xt = start[chunk]
         else:
@@ -451,6 +446,11 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
                     xt = add_noise(x0, draw(chunk, step), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
+        if chunk + 1 != chunks:
+            before, told = text_kv, steer and steer(chunk + 1)
+            if told is not None:
+                text_kv = student.embed_text(told)
+            remember(student, x0, text_kv if reread else before, cache)
 
 
 @torch.no_grad()
@@ -1177,11 +1177,13 @@ ARMS = {                                     # what each arm changes in the toy'
     "tilted critic": {"tilt": True},
     "static sink": {"alpha": 1.0},
     "no sink": {"sink": 0},
+    "no distillation": {"distill_steps": 1, "student_lr": 1e-12},
 }
 
 
 def ablate(run, frames):
-    """Train every arm once per seed, all from one teacher and ODE student, and stream it.
+    """Train every arm once per seed, all from one causal student, which saw the EMA-sink, and
+    stream it.
 
     Prints means over seeds, and means of the differences from Re-DMD with the same seed, with
     standard errors. What Re-DMD gains is its difference to "rewards shuffled": there the weights
@@ -1737,7 +1739,8 @@ def stream_command(args, given, dtype):
         bar.update(len(pictures))
         if args.live:
             show(pictures, f"{bar}, {cache.frames} frames in the window, {cache.updates} folded")
-    bar = tqdm(total=args.frames, unit=" frames", mininterval=1e9 if args.live else 0.1)
+    bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames",
+               mininterval=1e9 if args.live else 0.1)
     if args.live:
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
