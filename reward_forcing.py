@@ -363,6 +363,9 @@ class EMASinkCache:
         chunk 3     s0 s1 s2   f6 f7 f8  [f9 ...  ]     f3-f5 left: folded into the sink
         chunk 4     s0 s1 s2   f9 ...    [f12 ... ]     f6-f8 left: folded into the sink
 
+    It moves on between two chunks: the clean pass of chunk 2 is appended, f3-f5 leave and are
+    folded, and all five passes of chunk 3 see the result.
+
     A frame that leaves is folded into one sink slot, token by token, in every layer:
 
         sink <- alpha sink + (1 - alpha) leaving        for keys and for values   (EMA-Sink)
@@ -427,8 +430,8 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise. chunks=None goes on forever.
     In distillation all chunks stop after so many of their denoising steps.
     start: clean chunks (B, L, C, h, w) that stand for the first ones; the stream goes on from them.
-    steer(chunk) is asked before every chunk but the first: text (B, T, text_dim) from there on, or None, no
-    change. With reread the new text is also the one under which the newest chunk is remembered.
+    steer(chunk) is asked before every chunk but the first: text (B, T, text_dim) from there on, or
+    None, no change. With reread the new text is also the one under which the newest chunk is remembered.
     """
     def fresh(chunk, step):
         return torch.randn(len(text), cfg.chunk, *cfg.latent)
@@ -471,6 +474,16 @@ def mean_square(error):
     return mean_each(error.square())
 
 
+def motion_square(error):
+    """mean_square of error (B, F, C, h, w) and of its 2 x 2 averages, and 4 times that of the
+    changes of both from frame to frame. A quadratic loss has the same minimiser, the conditional
+    mean, in any fixed norm; this one asks first where things are and how they move. Teacher and
+    causal student are trained by it; the critic by the plain norm, as in the paper."""
+    blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
+    parts = error, 2 * blocks
+    return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
+
+
 def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_square):
     """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B,) or (B, F), weight (B,).
     It trains the teacher on data and the critic on the student's samples."""
@@ -507,10 +520,11 @@ def regression_loss(x0, target, weight=1.0, norm=mean_square):
 
 
 class RewardWeight(nn.Module):
-    """weight = exp(reward / beta), one per sample (B,), divided by its running mean (Re-DMD).
+    """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
-    The mean, over twenty batches or so, keeps the size of a step apart from the size of the
-    rewards; a single batch's would be biased. beta = inf is plain DMD: every weight is 1.
+    Divided by its running mean, which is not in the paper: so the size of a step does not depend on
+    the size of the rewards. The mean is that of twenty batches or so; by the mean of its own small
+    batch a great weight would mostly be divided by itself.
     """
     def __init__(self, beta):
         super().__init__()
@@ -526,6 +540,9 @@ class RewardWeight(nn.Module):
 
 
 # ----------------------------------------------------------------------------- Training stages
+# run (class Run) has the config, the world's clips and captions, and the models that earlier stages
+# made; its draw_... functions are where data and noise come from. A Stage goes on from where a
+# killed run stopped: stage.bar counts the steps that are left, stage.end logs and saves.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
@@ -535,8 +552,9 @@ def train_teacher(run):
     for step in stage.bar:
         set_seed(cfg.seed, "teacher", step)
         x0, text = run.draw_clips(cfg.clip)                                  # (B, F, C, h, w)
-        u = torch.rand(cfg.batch, cfg.clip)  # in half of the clips each frame has a level of its
-        u[::2] = u[::2, :1]                  # own: clean neighbours teach where a noisy object is
+        u = torch.rand(cfg.batch, cfg.clip)  # a level for each frame: a cleaner neighbour teaches
+        u[::2] = u[::2, :1]                  # where a noisy object is; every other clip has one for
+                                             # all its frames, as in sampling
         sigma = shift_sigma(u, cfg.sigma_shift)
         text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
@@ -638,9 +656,11 @@ def train_student(run):
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
-    Where critic = guided teacher, g is 0 whatever the weight: a student that can express that
-    distribution ends there, as under DMD; the weight says what is mended first. One that cannot,
-    or that is given no time to, ends where the weights have pulled it.
+
+    Where does it end? g is 0 where the critic, which knows what the student makes, predicts what
+    the guided teacher predicts. There no weight moves anything: Re-DMD has the fixed point of DMD.
+    The weights only decide which samples are mended first. That matters for a student that is too
+    small to be the teacher, or that is stopped early: it ends nearer to what was weighted most.
     """
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
@@ -767,7 +787,7 @@ def track(frames):
     width) in [0, 1] and its centre (B, F, 2), x and y in px. No object: an empty mask."""
     pixels = frames / 255
     ground = pixels.flatten(3).median(3).values[..., None, None]
-    distance = (pixels - ground).norm(dim=2)
+    distance = (pixels - ground).norm(dim=2)             # of colours, at most 3 ** 0.5
     peak = distance.amax((2, 3), keepdim=True)
     mask = distance / peak.clamp_min(1e-6) * (distance > 0.15 * peak) * (peak > 0.2)
     x = torch.arange(mask.shape[3]) + 0.5
@@ -792,15 +812,6 @@ def motion_reward(frames, captions=None):
     area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
     steady = area.amin(2) / area.amax(2).clamp_min(1e-6)
     return mean_each(agreement(centre) * steady ** 2)
-
-
-def motion_square(error):
-    """mean_square of error (B, F, C, h, w) and of its 2 x 2 averages, and 4 times that of the
-    changes of both from frame to frame. A quadratic loss has the same minimiser, the conditional
-    mean, in any fixed norm; this one asks first where things are and how they move."""
-    blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
-    parts = error, 2 * blocks
-    return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
 
 
 def shape_overlaps(mask, centre):

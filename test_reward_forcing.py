@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import Image
 from pytest import fixture, importorskip, mark, raises
-from torch import (arange, cat, equal, exp, float32, float64, ones, rand, randint, randn, randn_like,
-                   stack, tensor, zeros)
+from torch import (arange, cat, equal, exp, float32, float64, ones, rand, randint, randn,
+                   randn_like, stack, tensor, zeros)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
