@@ -431,7 +431,7 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     In distillation all chunks stop after so many of their denoising steps.
     start: clean chunks (B, L, C, h, w) that stand for the first ones; the stream goes on from them.
     steer(chunk) is asked before every chunk but the first: text (B, T, text_dim) from there on, or
-    None, no change. With reread the new text is also the one under which the newest chunk is remembered.
+    None, no change. With reread the newest chunk is already remembered under the new text.
     """
     def fresh(chunk, step):
         return torch.randn(len(text), cfg.chunk, *cfg.latent)
