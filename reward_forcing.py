@@ -90,11 +90,11 @@ class Config:
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
     clip: int = 12                  # frames that are judged at once; above W: the sink is updated
-    rollout: int = 18               # frames that the causal stage goes on for
-    batch: int = 12                 # clips or rollouts per update, in all stages
+    causal_clip: int = 18           # frames per clip of the causal stage
+    batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
-    teacher_lr: float = 0.08        # of Muon; AdamW, for what is no matrix, takes a tenth of it
-    drop_caption: float = 0.1       # how often the teacher sees no caption: guidance needs it
+    teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
+    drop_caption: float = 0.1       # how often training on data hides it: guidance needs that
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
     guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); others add 1 to it
     causal_steps: int = 1800
@@ -475,9 +475,9 @@ def mean_square(error):
 
 
 def motion_square(error):
-    """mean_square of error (B, F, C, h, w) and of its 2 x 2 averages, and 4 times that of the
-    changes of both from frame to frame. A quadratic loss has the same minimiser, the conditional
-    mean, in any fixed norm; this one asks first where things are and how they move. Teacher and
+    """mean_square of error (B, F, C, h, w) and of twice its 2 x 2 averages, and 4 times that of the
+    changes of both from frame to frame, within the frames given. A quadratic loss has the same
+    minimiser, the conditional mean, in any fixed norm; this one asks first where things are and how they move. Teacher and
     causal student are trained by it; the critic by the plain norm, as in the paper."""
     blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
     parts = error, 2 * blocks
@@ -606,9 +606,9 @@ def train_causal(run):
     it learns to predict x0 from any of its four noise levels; every chunk has a level of its own.
 
     The paper (--ode) regresses the ends of the teacher's trajectories, from points on them. But
-    where one leads depends on the noise of *later* frames, which a causal student cannot see: it
-    learns the mean of many videos, in which things slow down (2602.02214). So here it sees noised
-    data instead, where what comes next follows from what was.
+    where a trajectory leads depends on the noise of *later* frames, which a causal student cannot
+    see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
+    noised data instead, where what comes next follows from what was.
 
     The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
     errors at small sigma more.
@@ -630,7 +630,7 @@ def train_causal(run):
             picked = torch.randint(len(texts), (cfg.batch,))
             clean, text = paths[picked, -1], texts[picked]                   # (B, F, C, h, w)
         else:
-            clean, text = run.draw_clips(cfg.rollout, mirror=True)
+            clean, text = run.draw_clips(cfg.causal_clip, mirror=True)
         level = torch.randint(cfg.denoise_steps, (len(clean), clean.shape[1] // cfg.chunk))
         level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
         sigma = cfg.sigmas[level]
@@ -745,9 +745,9 @@ class ToyWorld:
         self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
-        check(latent == [*cfg.latent] and frames >= cfg.rollout and len(self.words) <= cfg.text_dim,
-              f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
-              f"do not fit {[*cfg.latent]}, --rollout {cfg.rollout} and --text-dim "
+        check(latent == [*cfg.latent] and frames >= max(cfg.clip, cfg.causal_clip)
+              and len(self.words) <= cfg.text_dim, f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
+              f"do not fit {[*cfg.latent]}, --causal-clip {cfg.causal_clip} and --text-dim "
               f"{cfg.text_dim}: change the flags or make another by tiny_data/make.py")
         self.text(self.prompts)                                      # is one too long? refused now
 
@@ -1542,6 +1542,7 @@ def plan(cfg, teacher, micro, counts):
 def train_full(args, given, dtype):
     """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
     cfg = replace(PRESETS["full"], **given)
+    check(not cfg.tilt, "--tilt is for the toy: leave it out")
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
     if args.dry_run:
         plan(cfg, teacher, args.micro, [1, 8, 64])
@@ -1615,7 +1616,7 @@ def check_config(cfg):
     check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
           "alpha, drop_caption and weight_ema must be at most 1")
     check_multiple("clip", cfg.clip, cfg.chunk)
-    check_multiple("rollout", cfg.rollout, cfg.chunk)
+    check_multiple("causal_clip", cfg.causal_clip, cfg.chunk)
     check_multiple("sample_steps", cfg.sample_steps, cfg.denoise_steps)
     check_multiple("freq_dim", cfg.freq_dim, 2)                      # a cosine and a sine
     check(cfg.dim % (2 * cfg.heads) == 0 and cfg.head_dim >= 6, f"heads={cfg.heads} must "
@@ -1641,7 +1642,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         window=9, alpha=0.99, sigma_shift=5.0,
-        clip=21, rollout=21, batch=64, guidance=3.0, beta=0.5,
+        clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         adamw=True, student_lr=2e-6, critic_lr=4e-7),
@@ -1783,6 +1784,7 @@ def bench(args, given, dtype):
 def toy_command(args, given, dtype):
     """Train what --out lacks, in the toy's world; then measure and draw, or compare."""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
+    check(cfg.chunk > 1, "training needs --chunk 2 or more: its loss compares frames of a chunk")
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:

@@ -669,7 +669,7 @@ def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
 
 @parametrize("ode", ["", "--ode"])
 def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(make_run, spy, ode):
-    run = make_run(f"--causal-steps 1 --rollout 18 {ode}")
+    run = make_run(f"--causal-steps 1 --causal-clip 18 {ode}")
     cfg, weights = run.cfg, run.state["stages"]["teacher"]["parts"][0]
     run.state["stages"].pop("causal")
     calls, asked, drawn = spy(rf, "teacher_trajectory"), spy(rf, "regress"), spy(run, "draw_clips")
@@ -1433,7 +1433,9 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --frames -3 | frames=-3",
     "--toy --layers 2 | 'layers': 2",
     "--toy --channels 8 | latents of [16, 8, 8]",
-    "--toy --rollout 51 --out new | 48 frames",
+    "--toy --causal-clip 51 --out new | 48 frames",
+    "--toy --chunk 1 --out new | --chunk 2",
+    "--train --full --tilt | --tilt",
     "--toy --text-dim 4 | 8 words",
     "--toy --full | with --full one of",
     "--toy --data nowhere.npz | nowhere.npz",
