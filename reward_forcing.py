@@ -477,8 +477,9 @@ def mean_square(error):
 def motion_square(error):
     """mean_square of error (B, F, C, h, w) and of twice its 2 x 2 averages, and 4 times that of the
     changes of both from frame to frame, within the frames given. A quadratic loss has the same
-    minimiser, the conditional mean, in any fixed norm; this one asks first where things are and how they move. Teacher and
-    causal student are trained by it; the critic by the plain norm, as in the paper."""
+    minimiser, the conditional mean, in any fixed norm; this one asks first where things are and how
+    they move. Teacher and causal student are trained by it; the critic by the plain norm, as in the
+    paper."""
     blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
     parts = error, 2 * blocks
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
@@ -745,9 +746,10 @@ class ToyWorld:
         self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
-        check(latent == [*cfg.latent] and frames >= max(cfg.clip, cfg.causal_clip)
-              and len(self.words) <= cfg.text_dim, f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
-              f"do not fit {[*cfg.latent]}, --causal-clip {cfg.causal_clip} and --text-dim "
+        longest = max(cfg.clip, cfg.causal_clip)
+        check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim,
+              f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
+              f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest} and --text-dim "
               f"{cfg.text_dim}: change the flags or make another by tiny_data/make.py")
         self.text(self.prompts)                                      # is one too long? refused now
 
