@@ -1636,7 +1636,7 @@ def check_multiple(name, value, unit, missing=0):
 
 PRESETS = {
     "toy": Config(),
-    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800),
     "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
         dim=1536, ffn_dim=8960, heads=12, layers=30,
         freq_dim=256, rope_base=10000.0,
