@@ -626,7 +626,7 @@ def train_causal(run):
             paths.append(teacher_trajectory(teacher, noise, text, cfg))
         paths = torch.cat(paths)                                     # (clips, steps + 1, F, ...)
     for step in stage.bar:
-        set_seed(cfg.seed, "start", step)
+        set_seed(cfg.seed, "start", step)    # by this word shipped.npz was drawn
         if cfg.ode:
             picked = torch.randint(len(texts), (cfg.batch,))
             clean, text = paths[picked, -1], texts[picked]                   # (B, F, C, h, w)
@@ -918,7 +918,7 @@ def write_text(path, text):
 
 def load_checkpoint(path):
     try:
-        mapped = torch.distributed.is_initialized()      # large then; teacher.pt is compressed
+        mapped = torch.distributed.is_initialized()      # then it is large
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:                                       # torch raises many kinds
         raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
@@ -970,8 +970,8 @@ class Run:
         set_seed(self.cfg.seed)
         model = VideoTransformer(self.cfg)
         if stage:
-            stages = self.state["stages"]
-            model.load_state_dict(stages.get(stage, stages["teacher"])["parts"][0])
+            made_by = "teacher" if stage == "critic" else stage
+            model.load_state_dict(self.state["stages"][made_by]["parts"][0])
         return model
 
     def each_turn(self):
