@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "numpy", "tqdm>=4.66", "pillow"]
+# dependencies = ["torch>=2.13", "numpy", "tqdm>=4.66", "pillow"]
 # ///
 """Reward Forcing: a video model that generates forever, in one file (after arXiv 2512.04678).
 
@@ -35,6 +35,7 @@ Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2
 Wan2.1 2503.20314, Muon (K. Jordan, 2024).
 """
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -45,7 +46,6 @@ import select
 import shutil
 import sys
 import time
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -55,10 +55,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import nn
+from torch.nn import attention
 from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -85,7 +87,7 @@ class Config:
     chunk: int = 3                  # L
     sink: int = 3                   # S, 0 for none; 3 is one chunk, what the model once made whole
     window: int = 9                 # W
-    alpha: float = 0.9              # what the sink keeps at an update; 1 is a static sink
+    alpha: float = 0.99             # what the sink keeps at an update; 1 is a static sink
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
@@ -100,12 +102,12 @@ class Config:
     causal_steps: int = 1800
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
-    ode_clips: int = 16             # so many of them per caption
     distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
+    plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
     tilt: bool = False              # weight the critic's loss instead of the student's
     shuffle: bool = False           # weight each sample by the reward of another: the control
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
@@ -198,7 +200,7 @@ def rope_table(cfg, first, frames, device):
 def rotate(x, rope):
     """RoPE: turn each (even, odd) pair of channels of x (..., T, H, D) by its token's angle."""
     cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.flatten(-2).type_as(x)
 
@@ -225,12 +227,12 @@ class Attention(nn.Module):
 
     def query(self, x):
         q = self.norm_q(self.q(x))
-        return q.unflatten(2, (self.heads, -1))                              # (B, T, H, D)
+        return torch.unflatten(q, 2, (self.heads, -1))                              # (B, T, H, D)
 
     def key_value(self, x):
         k = self.norm_k(self.k(x))
         v = self.v(x)
-        return [x.unflatten(2, (self.heads, -1)) for x in (k, v)]
+        return [torch.unflatten(x, 2, (self.heads, -1)) for x in (k, v)]
 
     def forward(self, q, k, v):
         q, k, v = [x.transpose(1, 2) for x in (q, k, v)]                     # (B, H, T, D)
@@ -325,10 +327,10 @@ class VideoTransformer(nn.Module):
     def embed_sigma(self, sigma):
         """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
         half = self.cfg.freq_dim // 2
-        exponent = torch.arange(half, device=sigma.device).double() / half
+        exponent = torch.arange(half).double() / half
         angles = 1000 * sigma.double()[..., None] * 10000.0 ** -exponent
         waves = torch.cat([angles.cos(), angles.sin()], -1)
-        return waves.to(self.patch_embedding.weight.dtype)
+        return waves.to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
         """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F)."""
@@ -478,8 +480,8 @@ def motion_square(error):
     """mean_square of error (B, F, C, h, w) and of twice its 2 x 2 averages, and 4 times that of the
     changes of both from frame to frame, within the frames given. A quadratic loss has the same
     minimiser, the conditional mean, in any fixed norm; this one asks first where things are and how
-    they move. Teacher and causal student are trained by it; the critic by the plain norm, as in the
-    paper."""
+    they move. In Re-DMD it turns g into M g with a positive matrix M: 0 where g is 0. The critic is
+    trained by the plain norm, as in the paper."""
     blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
     parts = error, 2 * blocks
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
@@ -560,8 +562,8 @@ def train_teacher(run):
         text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
         loss.backward()
-        grad_norm = update(teacher, optimizers, 1.0, step / cfg.teacher_steps)
-        stage.end(step, loss=loss.item(), grad_norm=grad_norm)
+        norm = update(teacher, optimizers, 1.0, step / cfg.teacher_steps)
+        stage.end(step, loss=loss.item(), grad_norm=norm)
 
 
 @torch.no_grad()
@@ -615,33 +617,24 @@ def train_causal(run):
     errors at small sigma more.
     """
     cfg = run.cfg
-    student = run.model("teacher")
+    teacher, student = run.model("teacher"), run.model("teacher")
     optimizers = make_optimizers(student, cfg.causal_lr)
     stage = Stage(run, "causal", cfg.causal_steps, student, *optimizers)
-    if cfg.ode and len(stage.bar):
-        teacher, paths = run.model("teacher"), []
-        texts = run.world.text(run.world.prompts * cfg.ode_clips)
-        for text in texts.split(cfg.batch):                          # all at once: much memory
-            noise = torch.randn(len(text), cfg.clip, *cfg.latent)
-            paths.append(teacher_trajectory(teacher, noise, text, cfg))
-        paths = torch.cat(paths)                                     # (clips, steps + 1, F, ...)
     for step in stage.bar:
         set_seed(cfg.seed, "start", step)    # by this word shipped.npz was drawn
-        if cfg.ode:
-            picked = torch.randint(len(texts), (cfg.batch,))
-            clean, text = paths[picked, -1], texts[picked]                   # (B, F, C, h, w)
-        else:
-            clean, text = run.draw_clips(cfg.causal_clip, mirror=True)
-        level = torch.randint(cfg.denoise_steps, (len(clean), clean.shape[1] // cfg.chunk))
+        clean, text = run.draw_clips(cfg.clip if cfg.ode else cfg.causal_clip, mirror=True)
+        frames = torch.arange(clean.shape[1])                                # (F,)
+        level = torch.randint(cfg.denoise_steps, (len(clean), len(frames) // cfg.chunk))
         level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
-        sigma = cfg.sigmas[level]
+        sigma, noise = cfg.sigmas[level], torch.randn_like(clean)
+        noisy = add_noise(clean, noise, sigma)
         if cfg.ode:
-            noisy = paths[picked[:, None], level, torch.arange(cfg.clip)]
-        else:
-            noisy = add_noise(clean, torch.randn_like(clean), sigma)
+            path = teacher_trajectory(teacher, noise, text, cfg)
+            noisy = path[torch.arange(len(path))[:, None], level, frames]
+            clean = path[:, -1]
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
-        grad_norm = update(student, optimizers, 1.0, step / cfg.causal_steps)
-        stage.end(step, loss=loss, grad_norm=grad_norm)
+        norm = update(student, optimizers, 1.0, step / cfg.causal_steps)
+        stage.end(step, loss=loss, grad_norm=norm)
 
 
 def train_student(run):
@@ -655,6 +648,7 @@ def train_student(run):
         g         <- (x0_fake - x0_real) / mean|x - x0_real|
         weight    <- exp(reward(x) / beta), one per sample
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
+                     (in the paper by mean_square, --plain-norm; here by motion_square)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
 
@@ -677,35 +671,33 @@ def train_student(run):
                   *student_optimizers, *critic_optimizers)
 
     for step in stage.bar:
-        set_seed(cfg.seed, "student", step)
         progress = step / cfg.distill_steps
-        for _ in range(cfg.critic_ratio):
+        for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
-            for _ in run.each_turn():
-                x, _, _, captions, _ = run.draw_samples(student)
-                weight = weigh(run.judge(x, captions)) if cfg.tilt else 1.0
+            for _ in run.each_turn("critic", step, critic_step):
+                x, _, _, text, _ = run.draw_samples(student)
+                weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
-                text_kv = critic.embed_text(run.world.text(captions))
+                text_kv = critic.embed_text(text)
                 loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, 10.0 if cfg.adamw else 1.0, progress)
 
-        samples = [run.draw_samples(student) for _ in run.each_turn()]
-        reward = torch.cat([run.judge(x, captions) for x, _, _, captions, _ in samples])
-        if cfg.shuffle:                                                      # (batch,)
-            reward = reward.roll(1)
-        weight = weigh(reward)
+        samples = [run.draw_samples(student) for _ in run.each_turn("student", step)]
+        reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
+        weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
-        for _, (x, noisy, exit_sigma, captions, cache) in zip(run.each_turn(), samples):
-            text, sigma = run.world.text(captions), run.draw_sigma()
+        for _, (x, noisy, exit_sigma, text, cache) in zip(run.each_turn("judges", step), samples):
+            sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
             with torch.no_grad():
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
             factor = 1.0 if cfg.tilt else run.own(weight)
-            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns,
+                            mean_square if cfg.plain_norm else motion_square)
             gap += (x0_real - x0_fake).abs().mean().item() / run.turns
         grad_norm = update(student, student_optimizers, 10.0, progress)
         keep = cfg.weight_ema if step >= cfg.ema_start else 0
@@ -734,15 +726,12 @@ class ToyWorld:
     """
     def __init__(self, cfg, path):
         self.cfg = cfg
-        try:
-            with np.load(path) as file:
-                self.captions = file["captions"].tolist()
-                self.clips, self.mean, self.to_latent, self.to_patch = (
-                    torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
+        with using(path, f"make another by tiny_data/make.py, or change --stride {cfg.stride}"):
+            file = np.load(path)
+            self.captions = file["captions"].tolist()
+            self.clips, self.mean, self.to_latent, self.to_patch = (
+                torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
             _, frames, *latent = self.encode(self.clips[:1]).shape
-        except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{path} cannot be used ({error}): make another by tiny_data/make.py, "
-                           f"or change --stride {cfg.stride}")
         self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
@@ -808,7 +797,7 @@ def agreement(centre):
     return (a * b).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
 
 
-def motion_reward(frames, captions=None):
+def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     mask, centre = track(frames)
     area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
@@ -821,32 +810,33 @@ def shape_overlaps(mask, centre):
     own area and centre."""
     dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
     dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
-    area = mask.sum((2, 3), keepdim=True)
-    slope = 3 ** 0.5 / 2
-    circle = (area / math.pi).sqrt() - (dx ** 2 + dy ** 2).sqrt()           # px inside the edge
-    square = area.sqrt() / 2 - torch.maximum(dx.abs(), dy.abs())
-    sides = torch.maximum(dy, slope * dx.abs() - dy / 2)
-    triangle = (area / slope / 6).sqrt() - sides
-    drawn = torch.stack([circle, square, triangle], 2)                       # (B, F, 3, ...)
-    drawn = (drawn + 0.5).clamp(0, 1)
-    mask = mask[:, :, None]
+    gauges = [torch.hypot(dx, dy),               # how large a shape must be to reach a pixel
+              torch.maximum(dx.abs(), dy.abs()),
+              torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2)]
+    unit = torch.tensor([math.pi, 4, 27 ** 0.5])                             # areas at size 1
+    size = (mask.sum((2, 3))[..., None] / unit).sqrt()                       # (B, F, 3)
+    drawn = size[..., None, None] - torch.stack(gauges, 2) + 0.5
+    drawn, mask = drawn.clamp(0, 1), mask[:, :, None]                        # (B, F, 3, ...)
     either = torch.maximum(drawn, mask).sum((3, 4)).clamp_min(1e-6)
     return torch.minimum(drawn, mask).sum((3, 4)) / either
 
 
-def measure(frames, captions, chunk, first=None):
+def measure(chunk, frames, captions, first=None):
     """Numbers about frames (B, F, 3, height, width) uint8 in chunks of L: means over the B clips.
 
     shape   fraction of frames whose object is most like the captioned shape
     agree   px per frame of motion on which neighbouring steps agree: see agreement
     jitter  px by which neighbouring steps differ
     inside  px per frame within a chunk;      seam   px from one chunk to the next
+    reward  motion_reward;                    lost   fraction of frames without an object
     area    deviation of the object's area over its mean, in the course of a clip
+    holds   frames until the area is first off by half of the first chunk's: a stream forgets
     copy    largest correlation of a frame with one of `first`, a chunk (None: its own first)
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
     mask, centre = track(frames)
     area = mask.sum((2, 3))                                                  # (B, F)
+    begun = area[:, :chunk].mean(1, keepdim=True).clamp_min(1e-6)
     named = [[shape in caption for shape in ("circle", "square", "triangle")]
              for caption in captions]
     overlaps = shape_overlaps(mask, centre)                                  # (B, F, 3)
@@ -868,7 +858,10 @@ def measure(frames, captions, chunk, first=None):
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
+        "reward": motion_reward(frames),
+        "lost": (area == 0).float(),
         "area": area.std(1) / area.mean(1).clamp_min(1e-6),
+        "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1).float(),
         "copy": (unit(frames) @ unit(first).mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
     }
@@ -912,34 +905,26 @@ def write_safely(path, write):
     os.replace(temporary, path)
 
 
-def write_text(path, text):
-    write_safely(path, lambda p: p.write_text(text))
-
-
 def load_checkpoint(path):
-    try:
-        mapped = torch.distributed.is_initialized()      # then it is large
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:                                       # torch raises many kinds
-        raise BadInput(f"{path} is not there or damaged ({str(error)[:80]!r}): delete it and train "
-                       "anew, with --toy")
+    with using(path, "delete it, if it is there, and train anew, with --toy"):
+        large = torch.distributed.is_initialized()       # then it stays on the disk
+        return torch.load(path, map_location="cpu", mmap=large, weights_only=True)
 
 
 def load_shipped(cfg):
     """{stage: as Stage.end saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
     student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
-    stages, shapes = {}, VideoTransformer(cfg).state_dict()
-    sizes = [p.numel() for p in shapes.values()]
-    with np.load(Path(__file__).parent / "tiny_data/shipped.npz") as file:
-        for stage, steps in (("teacher", cfg.teacher_steps), ("causal", cfg.causal_steps)):
-            flat, scales = torch.tensor(file[stage]), torch.tensor(file[stage + " scale"])
-            check(len(flat) == sum(sizes), "the shipped teacher does not fit these flags: add "
-                  "--from-scratch")
-            weights = [part * scale for part, scale in zip(flat.split(sizes), scales)]
-            named = {name: w.view_as(p) for w, (name, p) in zip(weights, shapes.items())}
-            stages[stage] = {"step": steps, "parts": [named]}
-    if cfg.ode:
-        del stages["causal"]
+    stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
+    file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
+    for stage in ["teacher"] if cfg.ode else steps:
+        model = VideoTransformer(cfg)
+        sizes = [p.numel() for p in model.parameters()]
+        numbers, scales = torch.tensor(file[stage]), file[stage + " scale"]
+        check(len(numbers) == sum(sizes), "the shipped teacher does not fit these flags: add "
+              "--from-scratch")
+        scale = torch.tensor(np.repeat(scales, sizes))
+        nn.utils.vector_to_parameters(numbers * scale, model.parameters())
+        stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
     return stages
 
 
@@ -956,13 +941,13 @@ class Run:
 
     def __init__(self, cfg, out, world):
         self.cfg, self.out, self.world = cfg, out, world
-        config = {**asdict(cfg), "data": world.checksum}
+        config = asdict(cfg) | {"data": world.checksum}
         self.state = {"config": config, "log": [], "stages": {}}     # stages: see Stage.end
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
-            differ = config.items() - self.state["config"].items()
-            check(not differ, f"what is in {out} was not trained with {dict(differ)}: match it or "
-                  "choose another --out")
+            differ = dict(config.items() - self.state["config"].items())
+            check(not differ, f"what is in {out} was not trained with {differ}: match it or choose "
+                  "another --out")
 
     def model(self, stage=None):
         """A VideoTransformer with the weights that a stage made, or fresh. The critic starts as the
@@ -974,21 +959,19 @@ class Run:
             model.load_state_dict(self.state["stages"][made_by]["parts"][0])
         return model
 
-    def each_turn(self):
+    def each_turn(self, *what):
         """Set self.turn to 0, 1, ...; each turn draws the same random numbers."""
-        generator = torch.cuda if torch.cuda.is_available() else torch
-        state = generator.get_rng_state()
         for self.turn in range(self.turns):
-            generator.set_rng_state(state)
+            set_seed(self.cfg.seed, *what)
             yield
 
     def own(self, x):
         """The n samples of this turn and process, of what the whole batch has."""
         return x.chunk(self.turns * self.processes)[self.turn * self.processes + self.rank]
 
-    def judge(self, x, captions):
-        """The rewards of this turn, of all processes, for x (n, F, C, h, w) and n captions."""
-        return self.whole(self.reward(self.world.decode(x, {}), captions))
+    def judge(self, x):
+        """The rewards of this turn, of all processes, for x (n, F, C, h, w)."""
+        return self.whole(self.reward(self.world.decode(x, {})))
 
     def draw_clips(self, frames, mirror=False):
         """Random cuts of random clips, as latents (B, frames, C, h, w), and their text, some of it
@@ -1016,18 +999,17 @@ class Run:
 
     def draw_samples(self, student):
         """The student's clips x (n, F, C, h, w), all stopped at one random step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their captions; the cache."""
+        they were predicted from; that step's sigma (n, F); their text; the cache."""
         cfg, prompts = self.cfg, self.world.prompts
         picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
-        captions = [prompts[i] for i in picked]
+        text = self.world.text([prompts[i] for i in picked])
         steps = torch.randint(cfg.denoise_steps, ()) + 1
         cache = EMASinkCache(cfg)
-        chunks = rollout(student, self.world.text(captions), cfg,
-                         lambda chunk, step: self.draw_noise(cfg.chunk),
+        chunks = rollout(student, text, cfg, lambda chunk, step: self.draw_noise(cfg.chunk),
                          cfg.clip // cfg.chunk, steps, cache)
         x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
         sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-        return x, noisy, sigma, captions, cache
+        return x, noisy, sigma, text, cache
 
 
 class Stage:
@@ -1046,50 +1028,48 @@ class Stage:
                         disable=run.rank > 0)
 
     def end(self, step, **numbers):
-        """Log the numbers and save, both now and then. FloatingPointError if one is not finite."""
+        """Log the numbers; now and then save. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate in another --out")
         numbers = self.run.complete(numbers)
-        state, last = self.run.state, step + 1 == self.steps
-        if last or step % 10 == 0:
-            self.bar.set_postfix(numbers)
-            state["log"].append({"stage": self.name, "step": step, **numbers})
-        if last or step % max(1, self.steps // 20) == 0:
+        self.bar.set_postfix(numbers, refresh=False)
+        state = self.run.state
+        state["log"].append({"stage": self.name, "step": step, **numbers})
+        if step + 1 == self.steps or step % max(1, self.steps // 20) == 0:
             parts = [self.run.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.run.rank == 0:
                 write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
-                write_text(self.run.out / "log.jsonl", "\n".join(map(json.dumps, state["log"])))
+                (self.run.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
-def stream(student, text, cfg, frames, **others):
-    """Yield latents (B, L, C, h, w) chunk by chunk; text (B, T, text_dim); others: rollout's cache,
-    start, steer and reread. BadInput unless frames make whole chunks."""
-    set_seed(cfg.seed, "stream")
-    for x0, _ in rollout(student, text, cfg, None, cfg.chunks_in(frames), **others):
-        yield x0
-
-
 def play(student, vae, text, cfg, frames, finish, **others):
-    """Stream, and call finish(frames on the CPU) chunk by chunk. Returns the seconds of the first
-    chunk, video frames per second by the median of the chunks' second half, the seconds of all.
+    """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
+    Returns the seconds of the first chunk, video frames per second by the median of the chunks'
+    second half, the seconds of all. BadInput unless frames make whole chunks.
 
-    Decoding, copying and finish have a thread of their own, beside the next chunk's passes. At most
-    two chunks are held. vae=None leaves them latents.
+    text (1, T, text_dim); vae=None leaves them latents; others: rollout's cache, start, steer and
+    reread. Decoding, copying and finish have a thread of their own, beside the next chunk's passes.
+    At most two chunks are held.
     """
     past, clock = {}, [time.perf_counter()]
+    beside = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def job(x0):
-        finish((vae.decode(x0, past) if vae else x0).cpu())
+        with torch.cuda.stream(beside):
+            finish((vae.decode(x0, past) if vae else x0).cpu())
         clock.append(time.perf_counter())
+    set_seed(cfg.seed, "stream")
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(int)                                    # nothing to wait for yet
-        for x0 in stream(student, text, cfg, frames, **others):
+        for x0, _ in rollout(student, text, cfg, None, cfg.chunks_in(frames), **others):
             done.result()
+            if beside:
+                beside.wait_stream(torch.cuda.current_stream())      # until x0 is made
             done = thread.submit(job, x0)
         done.result()
     seconds = np.diff(clock)
@@ -1150,10 +1130,10 @@ def show(pictures, state):
 
 def stream_all(run, stage, frames, repeats=1):
     """Every caption, streamed by the student of a stage: (video (B, F, ...), the captions)."""
-    captions = run.world.prompts * repeats
+    captions, video = run.world.prompts * repeats, []
     text = run.world.text(captions)
-    latents = torch.cat(list(stream(run.model(stage), text, run.cfg, frames)), 1)
-    return run.world.decode(latents), captions
+    play(run.model(stage), run.world, text, run.cfg, frames, video.append)
+    return torch.cat(video, 1), captions
 
 
 def report(run, frames):
@@ -1169,16 +1149,16 @@ def report(run, frames):
         "causal": stream_all(run, "causal", cfg.clip, 4),            # these two from the same noise
         "student": stream_all(run, "student", cfg.clip, 4),
     }
-    rows = {name: measure(*pair, cfg.chunk) for name, pair in shown.items()}
-    video, captions = stream_all(run, "student", frames)
-    rows["stream, first 60"] = measure(video[:, :60], captions, cfg.chunk)
-    rows["stream, last 60"] = measure(video[:, -60:], captions, cfg.chunk, video[:, :cfg.chunk])
-    for label, row in rows.items():
-        print(f"{label:16}", row)
-    write_text(run.out / "metrics.json", json.dumps(rows, indent=1))
-    save_pictures(run.out / "stream.gif", video, 3, 4)
     examples = torch.cat([video[:4, :12] for video, _ in shown.values()])    # a row for each
     save_pictures(run.out / "report.png", examples, 3, 4)
+    video, captions = stream_all(run, "student", frames)
+    save_pictures(run.out / "stream.gif", video, 3, 4)
+    shown["stream, first 60"] = video[:, :60], captions
+    shown["stream, last 60"] = video[:, -60:], captions, video[:, :cfg.chunk]
+    rows = {name: measure(cfg.chunk, *what) for name, what in shown.items()}
+    for name, row in rows.items():
+        print(f"{name:16}", row)
+    (run.out / "metrics.json").write_text(json.dumps(rows, indent=1))
 
 
 # ----------------------------------------------------------------------------------- Ablation
@@ -1188,6 +1168,7 @@ ARMS = {                                     # what each arm changes in the toy'
     "DMD": {"beta": math.inf},
     "rewards shuffled": {"shuffle": True},
     "tilted critic": {"tilt": True},
+    "plain norm": {"plain_norm": True},
     "static sink": {"alpha": 1.0},
     "no sink": {"sink": 0},
     "no distillation": {"distill_steps": 1, "student_lr": 1e-12},
@@ -1215,18 +1196,17 @@ def ablate(run, frames):
             run.cfg = replace(base, seed=seed, **ARMS[arm])
             run.state["stages"].pop("student")
             train_student(run)
-            video, captions = stream_all(run, "student", frames, 2)
-            done[key] = measure(video, captions, base.chunk, video[:, :base.chunk])
-            write_text(path, json.dumps(done, indent=1))
+            done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
+            write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1)))
 
     numbers = np.array([[list(done[f"{arm}, seed {seed}"].values()) for seed in SEEDS]
                         for arm in ARMS])                            # (arms, seeds, measures)
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[0])):
-        error = table.std(1, ddof=1) / len(SEEDS) ** 0.5
-        for arm, means, errors in zip(ARMS, table.mean(1), error):
-            row = {name: f"{mean:.3f} +- {one:.3f}"
-                   for name, mean, one in zip(done[key], means, errors)}
-            print(f"{arm + suffix:28}", row)
+        errors = table.std(1, ddof=1) / len(SEEDS) ** 0.5
+        for arm, *row in zip(ARMS, table.mean(1), errors):
+            row = [f"{name} {mean:.3f} +- {error:.3f}"
+                   for name, mean, error in zip(done[key], *row)]
+            print(f"{arm + suffix:28}", *row)
 
 
 # ----------------------------------------------------------------------------------- Full size
@@ -1238,7 +1218,7 @@ def load_weights(model, path):
     the names are taken off. BadInput names a missing, extra or misshapen tensor.
     """
     state = {}
-    try:
+    with using(path, "give this model's .pt, .safetensors or folder (pip install safetensors)"):
         for file in path.glob("*.safetensors") if path.is_dir() else [path]:
             if file.suffix == ".safetensors":
                 from safetensors.torch import load_file
@@ -1248,9 +1228,6 @@ def load_weights(model, path):
         state = state.get("generator_ema", state.get("generator", state))
         names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in state]
         model.load_state_dict(dict(zip(names, state.values())), assign=True)
-    except Exception as error:                                       # each format raises its own
-        raise BadInput(f"{path} cannot be used ({repr(error)[:500]}): give this model's "
-                       ".pt, .safetensors or folder (pip install safetensors)")
 
 
 @torch.no_grad()
@@ -1334,6 +1311,61 @@ def compile_student(student):
         torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False))
 
 
+def fastest_attention(cfg, dtype):
+    """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
+    a chunk in a full window. Returns {name: seconds}, inf for what is not there."""
+    tokens = cfg.rows * cfg.cols
+    k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
+    inputs = {"q": k[:, :, :cfg.chunk * tokens], "k": k, "attend": scaled_dot_product_attention}
+    times = {}
+
+    def choose(name):
+        torch.backends.cuda.enable_flash_sdp(name != "cudnn")
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        if "FA" in name:
+            attention.activate_flash_attention_impl(name)
+        elif attention.current_flash_attention_impl():
+            attention.restore_flash_attention_impl()
+    for name in "flash", "cudnn", "FA3", "FA4":
+        try:
+            choose(name)
+            times[name] = Timer("attend(q, k, k)", globals=inputs).blocked_autorange().median
+        except (RuntimeError, ImportError, ValueError):
+            times[name] = math.inf
+    choose(min(times, key=times.get))
+    return times
+
+
+def to_float8(x):
+    """x in 8 bits, each row of its own scale, and the scales."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 448    # of e4m3: the largest
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8Linear(nn.Module):
+    """A linear layer that multiplies in 8 bits."""
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.scale = to_float8(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        rows, scale = to_float8(x.flatten(0, -2))
+        by_row = nn.functional.ScalingType.RowWise
+        out = nn.functional.scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
+        return (out.view(*x.shape[:-1], -1) + self.bias).type_as(x)
+
+
+def use_float8(student):
+    """In the blocks' linear layers, where most of the work is."""
+    with using("--fp8", "it needs torch 2.10 or newer and, if a GPU, an H100 or newer"):
+        for parent in [*student.blocks.modules()]:
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Float8Linear(child))
+        student.blocks[0].ffn(torch.zeros(16, student.cfg.dim))      # refused now or never
+
+
 # ------------------------------------------------------------------------ Training at full size
 class VideoAlign:
     """VideoAlign's motion quality (MQ, arXiv 2501.13918), the paper's reward: Qwen2-VL-2B reads the
@@ -1349,23 +1381,22 @@ class VideoAlign:
     BadInput says what is missing or does not fit.
     """
     def __init__(self, folder, dtype):
-        try:
+        base = folder / "Qwen2-VL-2B-Instruct"
+        with using(folder, "--reward needs VideoAlign's model_config.json, one checkpoint-*/"
+                   "model.pth, its instruction as template.txt, and Qwen2-VL-2B-Instruct/"):
             from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLModel
-            template = (folder / "template.txt").read_text()
-            before, motion, after = template.partition("<|MQ_reward|>")
-            check("<|VQ_reward|>" in before and "<|TA_reward|>" in after
-                  and "{text_prompt}" in after, "template.txt must have <|VQ_reward|>, then "
-                  "<|MQ_reward|>, then {text_prompt} and <|TA_reward|>")
-            self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-                         f"{before}{motion}")                   # Qwen2-VL's chat format
             config = json.loads((folder / "model_config.json").read_text())
             data, lora = config["data_config"], config["peft_lora_config"]
             self.fps, self.norm = data["fps"], config["inference_config"]
             # patches of 1 image, paired below: asked for 2, it would show each image twice
             self.processor = Qwen2VLImageProcessor(
                 temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
-            base = folder / "Qwen2-VL-2B-Instruct"
+            before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
+            check("<|VQ_reward|>" in before and motion,
+                  "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
+            self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+                         f"{before}{motion}")                   # Qwen2-VL's chat format
             self.tokenizer = AutoTokenizer.from_pretrained(base)
             self.tokenizer.add_tokens(
                 ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
@@ -1374,27 +1405,21 @@ class VideoAlign:
             self.model.to(torch.get_default_device()).eval()
             path, = folder.glob("checkpoint-*/model.pth")
             state = torch.load(path, map_location=self.model.device)
-            # W + alpha / r B A
-            for name in [name for name in state if "lora_A" in name]:
+            for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
                 change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
                 change *= lora["lora_alpha"] / lora["lora_r"]
                 state[name.replace("lora_A.default", "base_layer")] += change
             for name in list(state):                 # peft's names -> those of newer transformers
-                short = name.replace("base_layer.", "")
-                short = short.replace("base_model.model.model.", "language_model.")
-                state[short.replace("base_model.model.", "")] = state.pop(name)
+                short = name.replace("base_layer.", "").removeprefix("base_model.model.")
+                state[short.replace("model.", "language_model.", 1)] = state.pop(name)
             self.head = state.pop("rm_head.weight").float()
             del state["lm_head.weight"]
             self.model.load_state_dict(state)                        # strict: names every misfit
-        except Exception as error:                                   # each file raises its own
-            raise BadInput(f"--reward videoalign:{folder} cannot be used ({str(error)[:500]!r}): "
-                           "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, "
-                           "its instruction as template.txt, and Qwen2-VL-2B-Instruct/")
 
     @torch.no_grad()
-    def __call__(self, frames, captions):
+    def __call__(self, frames):
         """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
-        standard deviations from VideoAlign's mean: negative scores are usual. captions: unused."""
+        standard deviations from VideoAlign's mean: negative scores are usual."""
         most = frames.shape[1]
         count = 2 * round(max(4, most / 16 * self.fps) / 2)          # images of a clip that it sees
         chosen = torch.linspace(0, most - 1, count).round().long()
@@ -1488,13 +1513,13 @@ class FullRun(Run):
     def complete(self, numbers):
         """Means over the processes, and since the last call: tokens rolled out per second, the most
         GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
-        means = self.whole(torch.tensor([list(numbers.values())])).mean(0)
-        before, self.clock = self.clock, time.perf_counter()
-        cfg, pace = self.cfg, self.cfg.batch / (self.clock - before)         # samples per second
-        tokens = (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
-        flops = step_flops(cfg, self.teacher) / self.processes
-        return dict(zip(numbers, means.tolist()), tokens_per_second=pace * tokens,
-                    memory=torch.cuda.max_memory_allocated() / 1e9, utilisation=pace * flops / PEAK)
+        means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
+        cfg, before, self.clock = self.cfg, self.clock, time.perf_counter()
+        pace = cfg.batch / self.processes / (self.clock - before)    # samples per GPU and second
+        tokens = self.processes * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        return dict(zip(numbers, means), tokens_per_second=pace * tokens,
+                    memory=torch.cuda.max_memory_allocated() / 1e9,
+                    utilisation=pace * step_flops(cfg, self.teacher) / PEAK)
 
 
 PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
@@ -1508,37 +1533,34 @@ def pass_flops(cfg, frames, seen):
 
 
 def step_flops(cfg, teacher):
-    """FLOPs per sample of critic_ratio critic updates and one of the student, as if no activation
-    were computed again: a pass with gradient counts as three."""
-    ends = range(cfg.chunk, cfg.clip + 1, cfg.chunk)
-    chunks = sum(pass_flops(cfg, cfg.chunk, min(end, cfg.window)) for end in ends)
-    rollout = chunks * (cfg.denoise_steps + 3) / 2                   # mean exit, and the clean pass
-    clip = pass_flops(cfg, cfg.clip, cfg.clip)
+    """FLOPs per sample of critic_ratio critic updates and one of the student. A pass with gradient
+    counts as three; VAE, reward, and what is computed again are left out, and the window is taken
+    to be full all the time."""
+    student = pass_flops(cfg, cfg.clip, cfg.window)
+    critic = pass_flops(cfg, cfg.clip, cfg.clip)
     guided = 2 * pass_flops(teacher, cfg.clip, cfg.clip)
-    decoded = 8.65e9 * cfg.clip * cfg.rows * cfg.cols                # by Wan2.1's VAE
-    student = rollout + decoded + guided + clip + (3 + 1) * chunks
-    return cfg.critic_ratio * (rollout + 3 * clip) + student
+    rollout = student * (cfg.denoise_steps + 3) / 2                  # mean exit, and the clean pass
+    return cfg.critic_ratio * (rollout + 3 * critic) + rollout + guided + critic + 4 * student
 
 
 def plan(cfg, teacher, micro, counts):
     """Print, by shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
     with torch.device("meta"):
-        sizes = {c: sum(p.numel() for p in VideoTransformer(c).parameters())
-                 for c in {cfg, teacher}}
+        trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
+                          for c in (cfg, teacher))
     frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
-    cache = 4 * cfg.layers * frame * cfg.window      # keys and values, twice: see EMASinkCache
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
-    critic = frame * cfg.clip * (cfg.layers + 2 * block)     # inputs; inside one, and gradients
-    judges = 5e9                             # VAE and VideoAlign
     for count in counts:
-        trained = 2 * 16 * sizes[cfg] / count        # weight, gradient and two moments in float32
-        others = (4 * sizes[cfg] + 2 * sizes[teacher]) / count       # float32 and bf16
-        total = trained + others + cache + critic + judges
+        parts = {
+            "student and critic": 2 * 16 * trained / count,  # weight, gradient, moments in float32
+            "average and teacher": (4 * trained + 2 * fixed) / count,        # float32 and bf16
+            "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values, twice: EMASinkCache
+            "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
+            "VAE and reward": 5e9}                           # inputs, and within one; gradients
+        parts["in all"] = sum(parts.values())
         seconds = step_flops(cfg, teacher) * cfg.batch / count / RATE
-        print(f"{count} GPUs, GB of each: student and critic {trained / 1e9:.1f} + average and "
-              f"teacher {others / 1e9:.1f} + a rollout's cache {cache / 1e9:.1f} + the critic's "
-              f"activations {critic / 1e9:.1f} + VAE and reward {judges / 1e9:.1f} = "
-              f"{total / 1e9:.1f}; {seconds:.0f} s a step")
+        print(f"{count} GPUs: {seconds:.0f} s a step, GB of each:",
+              {name: round(part / 1e9, 1) for name, part in parts.items()})
 
 
 def train_full(args, given, dtype):
@@ -1572,6 +1594,7 @@ class Options:
     train: bool = False             # with --full, by torchrun: Re-DMD from --weights
     dry_run: bool = False           # with --full: print what --train needs, for 1, 8 and 64 GPUs
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
+    fp8: bool = False               # blocks' linear layers multiply in 8 bits
     prompt: str = ""
     then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
                                     # may be given again
@@ -1604,17 +1627,26 @@ def check(fine, message):
         raise BadInput(message)
 
 
+@contextlib.contextmanager
+def using(path, mend):
+    """Turn what goes wrong with a file, in whatever kind of exception, into BadInput."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{path} cannot be used ({str(error)[:500]!r}): {mend}")
+
+
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    may_be_zero = "sink", "alpha", "drop_caption", "guidance", "weight_ema", "ema_start", "seed"
-    for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.type is not bool:
-            fits = value > 0 or value == 0 and f.name in may_be_zero
-            check(fits and (value < 2 ** 63 or f.name == "beta"),
-                  f"{f.name}={value} must be a finite number above 0; 0 only where that means "
-                  "none, and beta may be inf: plain DMD")
+    none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "ode", "weight_ema",
+                          "ema_start", "plain_norm", "tilt", "shuffle", "adamw",
+                          "seed"), 0)
+    none["beta"] = math.inf
+    for name, value in asdict(cfg).items():
+        check(0 < value < 2 ** 63 or value == none.get(name),
+              f"{name}={value} must be a finite number above 0; 0 only where that means none, and "
+              "beta may be inf: plain DMD")
     check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
           "alpha, drop_caption and weight_ema must be at most 1")
     check_multiple("clip", cfg.clip, cfg.chunk)
@@ -1643,23 +1675,22 @@ PRESETS = {
         text_dim=4096, text_len=512,         # UMT5-XXL
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
-        window=9, alpha=0.99, sigma_shift=5.0,
+        sigma_shift=5.0,
         clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
-        adamw=True, student_lr=2e-6, critic_lr=4e-7),
+        plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
 def parse(argv):
     """(Options, {Config field: value given})."""
-    def refuse(message):
-        raise BadInput(f"{message}: see --help")
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     epilog="class Options and class Config say what each means",
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = functools.partial(check, False)
     for f in fields(Options) + fields(Config):
         name = "--" + f.name.replace("_", "-")
         if f.type is bool:
@@ -1669,7 +1700,7 @@ def parse(argv):
         else:
             parser.add_argument(name, type=f.type, help=f"[{f.default}]")
     given = vars(parser.parse_args(argv))
-    options = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
+    options = {name: given.pop(name) for name in vars(Options()) if name in given}
     return Options(**options), given
 
 
@@ -1678,11 +1709,11 @@ def open_toy(args, given, dtype):
     check(set(given) <= {"alpha", "sink", "window", "seed"},
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
-    check("student" in state["stages"], f"{args.out} holds no student yet: let --toy finish")
-    state["config"].pop("data")
-    cfg = Config(**(state["config"] | given))
+    check("generator_ema" in state, f"{args.out} holds no student yet: let --toy finish")
+    del state["config"]["data"]
+    cfg = Config(**state["config"] | given)
     student = VideoTransformer(cfg)
-    student.load_state_dict(state["stages"]["student"]["parts"][0])
+    student.load_state_dict(state["generator_ema"])
     world = ToyWorld(cfg, args.data)
     return student, world, world.text, cfg
 
@@ -1729,9 +1760,12 @@ def stream_command(args, given, dtype):
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     texts = dict(zip(script, encode([*script.values()]).split(1)))
     start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
+    if args.fp8:
+        use_float8(student)
     if args.compile:
         compile_student(student)
         if args.full:
+            print("seconds of an attention:", fastest_attention(cfg, dtype))
             vae.compile()
     if args.vae:
         vae = TinyVAE(args.vae, dtype)
@@ -1740,7 +1774,7 @@ def stream_command(args, given, dtype):
     def steer(chunk):
         bar.desc = script.get(chunk, bar.desc)
         if args.live and select.select([sys.stdin], [], [], 0)[0]:   # a line was entered
-            bar.desc = sys.stdin.readline().strip()
+            bar.desc = sys.stdin.readline().strip() or bar.desc
             try:
                 return encode([bar.desc])
             except BadInput as error:
@@ -1767,20 +1801,29 @@ def bench(args, given, dtype):
     """Speed in one run, each rung on top of the last: out/bench.json. Any weights will do."""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
-    print("frames per second, decoded; s for the first chunk, for compiling; GB on the GPU")
-    for rung in ("eager", "compiled", "VAE compiled", "tiny VAE")[:3 + bool(args.vae)]:
+    print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
+          "seconds of the first chunk; of compiling; GB of the GPU")
+    rungs = "eager", "compiled", "VAE compiled", "attention", "fp8", "tiny VAE"
+    for rung in rungs[:5 + bool(args.vae)]:
         if rung == "compiled":
             compile_student(student)
         elif rung == "VAE compiled":
             vae.compile()
+        elif rung == "attention":
+            print("seconds of an attention:", fastest_attention(cfg, dtype))
+        elif rung == "fp8":
+            use_float8(student)
         elif rung == "tiny VAE":
             vae = TinyVAE(args.vae, dtype)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         cold, warm, alone = (play(student, each, text, cfg, args.frames, len)
                              for each in (vae, vae, None))
-        table[rung] = [alone[1], warm[1], warm[0], cold[2] - warm[2],
+        ratio = warm[1] / table["eager"][0] if table else 1.0
+        table[rung] = [warm[1], ratio, alone[1], warm[0], cold[2] - warm[2],
                        torch.cuda.max_memory_allocated() / 1e9]
-        print(rung, np.round(table[rung], 2))
-        write_text(args.out / "bench.json", json.dumps(table, indent=1))
+        print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
+        (args.out / "bench.json").write_text(json.dumps(table, indent=1))
 
 
 def toy_command(args, given, dtype):
@@ -1790,6 +1833,9 @@ def toy_command(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
+        early = [name for name in given if name.startswith(("teacher", "causal"))]
+        check(cfg.ode or not early, f"{early} change nothing, for teacher and causal student are "
+              "shipped: add --from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
     train_teacher(run)
     train_causal(run)
@@ -1802,11 +1848,10 @@ def main(argv=None):
     try:
         args, given = parse(argv)
         args.frames = args.frames or (477 if args.bench else 81 if args.full else 240)
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.set_default_device("cuda")
-        dtype = torch.bfloat16 if cuda and args.full else torch.float32
-        print(f"cuda {cuda}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_default_device(device)
+        dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
+        print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
         commands = {"toy": toy_command, "stream": stream_command, "bench": bench,
                     "train": train_full, "dry_run": train_full}
         chosen = [name for name in commands if vars(args)[name]]
