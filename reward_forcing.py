@@ -1133,7 +1133,7 @@ def stream_all(run, stage, frames, repeats=1):
     captions, video = run.world.prompts * repeats, []
     text = run.world.text(captions)
     play(run.model(stage), run.world, text, run.cfg, frames, video.append)
-    return torch.cat(video, 1), captions
+    return torch.cat(video, 1).to(text.device), captions
 
 
 def report(run, frames):
@@ -1261,7 +1261,8 @@ class WanVAE:
 
     def compile(self):
         """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
-        graphs themselves."""
+        graphs themselves. They are traced in play's thread, which has no default device: under one
+        the library's code cannot be."""
         nn.utils.convert_conv3d_weight_memory_format(self.vae, torch.channels_last_3d)
         self.vae.decoder.compile(fullgraph=True, dynamic=False)
 
@@ -1313,15 +1314,17 @@ def compile_student(student):
 
 def fastest_attention(cfg, dtype):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Returns {name: seconds}, inf for what is not there."""
+    a chunk in a full window. Returns {name: seconds}, inf for what is not there. Graphs are made
+    anew, for the kernel is a part of them."""
     tokens = cfg.rows * cfg.cols
     k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
     inputs = {"q": k[:, :, :cfg.chunk * tokens], "k": k, "attend": scaled_dot_product_attention}
     times = {}
 
     def choose(name):
+        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
         torch.backends.cuda.enable_flash_sdp(name != "cudnn")
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(name != "cudnn")
         if "FA" in name:
             attention.activate_flash_attention_impl(name)
         elif attention.current_flash_attention_impl():
@@ -1333,6 +1336,7 @@ def fastest_attention(cfg, dtype):
         except (RuntimeError, ImportError, ValueError):
             times[name] = math.inf
     choose(min(times, key=times.get))
+    torch.compiler.reset()
     return times
 
 
@@ -1787,9 +1791,9 @@ def stream_command(args, given, dtype):
         bar.update(len(pictures))
         if args.live:
             show(pictures, f"{bar}, {cache.frames} frames in the window, {cache.updates} folded")
-    bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames",
-               mininterval=1e9 if args.live else 0.1)
+    bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames")
     if args.live:
+        bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
         first, fps, _ = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache,
@@ -1817,11 +1821,11 @@ def bench(args, given, dtype):
             vae = TinyVAE(args.vae, dtype)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        cold, warm, alone = (play(student, each, text, cfg, args.frames, len)
-                             for each in (vae, vae, None))
-        ratio = warm[1] / table["eager"][0] if table else 1.0
-        table[rung] = [warm[1], ratio, alone[1], warm[0], cold[2] - warm[2],
-                       torch.cuda.max_memory_allocated() / 1e9]
+        (_, _, cold), (first, fps, warm), (_, alone, _) = (
+            play(student, each, text, cfg, args.frames, len) for each in (vae, vae, None))
+        eager = table["eager"][0] if table else fps
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        table[rung] = fps, fps / eager, alone, first, cold - warm, memory
         print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
         (args.out / "bench.json").write_text(json.dumps(table, indent=1))
 
@@ -1852,13 +1856,14 @@ def main(argv=None):
         torch.set_default_device(device)
         dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
-        commands = {"toy": toy_command, "stream": stream_command, "bench": bench,
-                    "train": train_full, "dry_run": train_full}
-        chosen = [name for name in commands if vars(args)[name]]
-        check(len(chosen) == 1 and (args.stream or args.full != args.toy), "say what to do: --toy, "
-              "--stream, or with --full one of --stream, --bench, --train and --dry-run")
+        commands = {toy_command: args.toy, stream_command: args.stream, bench: args.bench,
+                    train_full: args.train or args.dry_run}
+        check(sum(commands.values()) == 1 and (args.stream or args.full != args.toy),
+              "say what to do: --toy, --stream, or with --full one of --stream, --bench, --train "
+              "and --dry-run")
         args.out.mkdir(parents=True, exist_ok=True)
-        commands[chosen[0]](args, given, dtype)
+        command = max(commands, key=commands.get)
+        command(args, given, dtype)
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:

@@ -49,6 +49,7 @@ TINY = ("--from-scratch --dim 24 --ffn-dim 24 --heads 2 --layers 1 --batch 4 --s
 @fixture(autouse=True)
 def seed_and_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
+    torch.set_default_device(None)                                   # main sets one
     monkeypatch.chdir(tmp_path)
 
 
@@ -755,8 +756,8 @@ def test_ablation_trains_every_arm_once_with_its_own_change(monkeypatch, capsys)
     monkeypatch.setattr(rf, "SEEDS", seeds)
     line = f"--toy {TINY} --teacher-steps 1 --causal-steps 1 --distill-steps 1 --ablate"
     assert main(line) == 0
-    changes = ("", "--beta inf", "--shuffle", "--tilt", "--alpha 1", "--sink 0",
-               "--plain-norm", "--distill-steps 1 --student-lr 1e-12")
+    changes = ("", "--beta inf", "--shuffle", "--tilt", "--plain-norm", "--alpha 1", "--sink 0",
+               "--distill-steps 1 --student-lr 1e-12")
     base, *trained = arms
     assert trained == [replace(base, seed=seed, **given(change))
                        for seed in seeds for change in changes]
@@ -916,13 +917,14 @@ def test_compiled_vae_has_one_graph_and_equals_plain_decoding_chunk_by_chunk(wan
 def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
     cfg = replace(FULL, **given("--dim 192 --ffn-dim 1120 --heads 6 --layers 6 --text-dim 64 "
                                 "--text-len 32 --height 64 --width 96"))
-    state, text, videos = random_model(cfg, float32).state_dict(), random_text(cfg), {}
+    state, text, draw = random_model(cfg, float32).state_dict(), random_text(cfg), noises(cfg)
+    videos = {}
     for name, dtype in (("float32", float32), ("bfloat16", bfloat16), ("fp8", bfloat16)):
         model = VideoTransformer(cfg).to(dtype).requires_grad_(False)
         model.load_state_dict(state)
         if name == "fp8":
             rf.use_float8(model)
-        chunks = rollout(model, text, cfg, noises(cfg, dtype=float32), 5)
+        chunks = rollout(model, text, cfg, draw, 5)
         videos[name] = stack([x0 for x0, _ in chunks])
     for other in ("bfloat16", "float32"):
         off = (videos["fp8"] - videos[other]).flatten(1).norm(dim=1)
