@@ -562,7 +562,7 @@ def train_teacher(run):
         text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
         loss.backward()
-        norm = update(teacher, optimizers, 1.0, step / cfg.teacher_steps)
+        norm = update(teacher, optimizers, step / cfg.teacher_steps)
         stage.end(step, loss=loss.item(), grad_norm=norm)
 
 
@@ -633,7 +633,7 @@ def train_causal(run):
             noisy = path[torch.arange(len(path))[:, None], level, frames]
             clean = path[:, -1]
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
-        norm = update(student, optimizers, 1.0, step / cfg.causal_steps)
+        norm = update(student, optimizers, step / cfg.causal_steps)
         stage.end(step, loss=loss, grad_norm=norm)
 
 
@@ -641,7 +641,7 @@ def train_student(run):
     """Stage 3: Re-DMD on the student's own rollouts.
 
         critic_ratio times:  x <- rollout;  critic <- flow matching on x, not weighted
-        x, noisy  <- rollout, all chunks stopped at one random step   (sweep 1: no gradient)
+        x, noisy  <- rollout, all chunks stopped at one of the steps  (sweep 1: no gradient)
         xt        <- x, noised to a random sigma
         x0_real   <- teacher(xt) with guidance
         x0_fake   <- critic(xt)
@@ -675,16 +675,17 @@ def train_student(run):
         for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
             for _ in run.each_turn("critic", step, critic_step):
-                x, _, _, text, _ = run.draw_samples(student)
+                count = step * cfg.critic_ratio + critic_step
+                x, _, _, text, _ = run.draw_samples(student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
                 text_kv = critic.embed_text(text)
                 loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
-            update(critic, critic_optimizers, 10.0 if cfg.adamw else 1.0, progress)
+            update(critic, critic_optimizers, progress)
 
-        samples = [run.draw_samples(student) for _ in run.each_turn("student", step)]
+        samples = [run.draw_samples(student, step) for _ in run.each_turn("student", step)]
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
@@ -699,7 +700,7 @@ def train_student(run):
             loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns,
                             mean_square if cfg.plain_norm else motion_square)
             gap += (x0_real - x0_fake).abs().mean().item() / run.turns
-        grad_norm = update(student, student_optimizers, 10.0, progress)
+        grad_norm = update(student, student_optimizers, progress)
         keep = cfg.weight_ema if step >= cfg.ema_start else 0
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
@@ -885,11 +886,11 @@ def make_optimizers(model, lr):
             torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20)]
 
 
-def update(model, optimizers, max_norm, progress):
-    """One step down the gradients, clipped to max_norm; clears them and returns their norm. The
-    learning rate rises in the first twentieth of a stage, then falls to 0, but the paper's is
-    constant; progress in [0, 1]."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def update(model, optimizers, progress):
+    """One step down the gradients; clears them and returns their norm, which is clipped to 1, so
+    that a loud batch counts no more than another; the paper's to 10. The learning rate rises in the
+    first twentieth of a stage, then falls to 0; the paper's is constant; progress in [0, 1]."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0 if model.cfg.adamw else 1.0)
     for optimizer in optimizers:
         rate = 1 if model.cfg.adamw else min(1, 0.05 + 20 * progress) * (1 - progress)
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
@@ -997,13 +998,15 @@ class Run:
         """(n, F, C, h, w)"""
         return self.own(torch.randn(self.cfg.batch, frames, *self.cfg.latent))
 
-    def draw_samples(self, student):
-        """The student's clips x (n, F, C, h, w), all stopped at one random step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their text; the cache."""
+    def draw_samples(self, student, count):
+        """The student's clips x (n, F, C, h, w), all stopped at one step; the noisy frames
+        they were predicted from; that step's sigma (n, F); their text; the cache.
+
+        In the paper the step is random. Here they take turns by count: each is trained as often."""
         cfg, prompts = self.cfg, self.world.prompts
         picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
         text = self.world.text([prompts[i] for i in picked])
-        steps = torch.randint(cfg.denoise_steps, ()) + 1
+        steps = count % cfg.denoise_steps + 1
         cache = EMASinkCache(cfg)
         chunks = rollout(student, text, cfg, lambda chunk, step: self.draw_noise(cfg.chunk),
                          cfg.clip // cfg.chunk, steps, cache)
@@ -1362,7 +1365,7 @@ class Float8Linear(nn.Module):
 
 def use_float8(student):
     """In the blocks' linear layers, where most of the work is."""
-    with using("--fp8", "it needs torch 2.10 or newer and, if a GPU, an H100 or newer"):
+    with using("--fp8", "of GPUs it needs an H100 or newer"):
         for parent in [*student.blocks.modules()]:
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
