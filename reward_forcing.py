@@ -518,7 +518,7 @@ def dmd_gradient(x, x0_real, x0_fake):
 
 def regression_loss(x0, target, weight=1.0, norm=mean_square):
     """1/2 mean of weight (x0 - target)^2, weight (B,). With target = stopgrad(x0 - g) this is the
-    loss of Re-DMD: its slope in x0 is weight g / numel."""
+    loss of Re-DMD: its slope in x0 is weight g / numel, or in another norm weight M g / numel."""
     return (weight * norm(x0 - target)).mean() / 2
 
 
@@ -689,7 +689,7 @@ def train_student(run):
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
-        for _, (x, noisy, exit_sigma, text, cache) in zip(run.each_turn("judges", step), samples):
+        for _, (x, noisy, exit_sigma, text, updates) in zip(run.each_turn("judges", step), samples):
             sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
             with torch.no_grad():
@@ -709,7 +709,7 @@ def train_student(run):
                   reward=reward.mean().item(), gap=gap,
                   weight_min=weight.min().item(), weight_max=weight.max().item(),
                   effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
-                  sink_updates=cache.updates)
+                  sink_updates=updates)
 
 
 # =============================================================================================
@@ -1000,7 +1000,7 @@ class Run:
 
     def draw_samples(self, student, count):
         """The student's clips x (n, F, C, h, w), all stopped at one step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their text; the cache.
+        they were predicted from; that step's sigma (n, F); their text; how often the sink changed.
 
         In the paper the step is random. Here they take turns by count: each is trained as often."""
         cfg, prompts = self.cfg, self.world.prompts
@@ -1012,7 +1012,7 @@ class Run:
                          cfg.clip // cfg.chunk, steps, cache)
         x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
         sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-        return x, noisy, sigma, text, cache
+        return x, noisy, sigma, text, cache.updates
 
 
 class Stage:
@@ -1239,7 +1239,8 @@ def wan_text(prompts, folder, cfg, dtype):
     loaded, used and freed in this one call."""
     from transformers import AutoTokenizer, UMT5EncoderModel
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+    with torch.device("cpu"):                # onto a GPU the library loads with another package
+        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
     encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
     check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
           "embedding: download it again, or try another release of transformers")
@@ -1407,8 +1408,9 @@ class VideoAlign:
             self.tokenizer = AutoTokenizer.from_pretrained(base)
             self.tokenizer.add_tokens(
                 ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-            self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
-            self.model.resize_token_embeddings(len(self.tokenizer))
+            with torch.device("cpu"):                                # as in wan_text
+                self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
+                self.model.resize_token_embeddings(len(self.tokenizer))
             self.model.to(torch.get_default_device()).eval()
             path, = folder.glob("checkpoint-*/model.pth")
             state = torch.load(path, map_location=self.model.device)
@@ -1840,9 +1842,10 @@ def toy_command(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        early = [name for name in given if name.startswith(("teacher", "causal"))]
-        check(cfg.ode or not early, f"{early} change nothing, for teacher and causal student are "
-              "shipped: add --from-scratch")
+        early = [name for name in given if name.startswith(
+            ("teacher", "heads", "rope", "drop") + ("causal",) * (not cfg.ode))]
+        check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
+              "--from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
     train_teacher(run)
     train_causal(run)
@@ -1856,6 +1859,8 @@ def main(argv=None):
         args, given = parse(argv)
         args.frames = args.frames or (477 if args.bench else 81 if args.full else 240)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
         torch.set_default_device(device)
         dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
