@@ -112,7 +112,7 @@ class Config:
     shuffle: bool = False           # weight each sample by the reward of another: the control
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
     ema_start: int = 0              # student updates before it averages; until then it is a copy
-    adamw: bool = False             # AdamW(0, .999), constant rate, instead of Muon with a schedule
+    adamw: bool = False             # the paper's AdamW(0, .999) at a constant rate, clipped at 10
     seed: int = 0
 
     def __post_init__(self):
@@ -1759,6 +1759,7 @@ def open_clip(path, cfg):
 def stream_command(args, given, dtype):
     """Stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
     check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
+    check(args.full or not args.vae, "--vae is for --full: leave it out")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
@@ -1869,6 +1870,8 @@ def main(argv=None):
         check(sum(commands.values()) == 1 and (args.stream or args.full != args.toy),
               "say what to do: --toy, --stream, or with --full one of --stream, --bench, --train "
               "and --dry-run")
+        check(args.stream or args.bench or not (args.compile or args.fp8 or args.vae),
+              "--compile, --fp8 and --vae are for --stream: leave them out")
         args.out.mkdir(parents=True, exist_ok=True)
         command = max(commands, key=commands.get)
         command(args, given, dtype)

@@ -1322,6 +1322,8 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --layers 2 | 'layers': 2",
     "--toy --layers 2 --out new | add --from-scratch",
     "--toy --causal-lr 1 --out new | add --from-scratch",
+    "--toy --fp8 | for --stream",
+    "--stream --prompt red --vae . | for --full",
     "--toy --from-scratch --channels 8 | latents of [16, 8, 8]",
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
