@@ -227,7 +227,7 @@ class Attention(nn.Module):
 
     def query(self, x):
         q = self.norm_q(self.q(x))
-        return torch.unflatten(q, 2, (self.heads, -1))                              # (B, T, H, D)
+        return torch.unflatten(q, 2, (self.heads, -1))                       # (B, T, H, D)
 
     def key_value(self, x):
         k = self.norm_k(self.k(x))
@@ -617,7 +617,8 @@ def train_causal(run):
     errors at small sigma more.
     """
     cfg = run.cfg
-    teacher, student = run.model("teacher"), run.model("teacher")
+    student = run.model("teacher")
+    teacher = run.model("teacher") if cfg.ode else None
     optimizers = make_optimizers(student, cfg.causal_lr)
     stage = Stage(run, "causal", cfg.causal_steps, student, *optimizers)
     for step in stage.bar:
@@ -627,11 +628,12 @@ def train_causal(run):
         level = torch.randint(cfg.denoise_steps, (len(clean), len(frames) // cfg.chunk))
         level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
         sigma, noise = cfg.sigmas[level], torch.randn_like(clean)
-        noisy = add_noise(clean, noise, sigma)
         if cfg.ode:
             path = teacher_trajectory(teacher, noise, text, cfg)
             noisy = path[torch.arange(len(path))[:, None], level, frames]
             clean = path[:, -1]
+        else:
+            noisy = add_noise(clean, noise, sigma)
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
         norm = update(student, optimizers, step / cfg.causal_steps)
         stage.end(step, loss=loss, grad_norm=norm)
@@ -1318,8 +1320,8 @@ def compile_student(student):
 
 def fastest_attention(cfg, dtype):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Returns {name: seconds}, inf for what is not there. Graphs are made
-    anew, for the kernel is a part of them."""
+    a chunk in a full window. Prints and returns {name: seconds}, inf for what is not there. Graphs
+    are made anew, for the kernel is a part of them."""
     tokens = cfg.rows * cfg.cols
     k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
     inputs = {"q": k[:, :, :cfg.chunk * tokens], "k": k, "attend": scaled_dot_product_attention}
@@ -1341,6 +1343,7 @@ def fastest_attention(cfg, dtype):
             times[name] = math.inf
     choose(min(times, key=times.get))
     torch.compiler.reset()
+    print("seconds of an attention:", times)
     return times
 
 
@@ -1649,8 +1652,7 @@ def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
     none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "ode", "weight_ema",
-                          "ema_start", "plain_norm", "tilt", "shuffle", "adamw",
-                          "seed"), 0)
+                          "ema_start", "plain_norm", "tilt", "shuffle", "adamw", "seed"), 0)
     none["beta"] = math.inf
     for name, value in asdict(cfg).items():
         check(0 < value < 2 ** 63 or value == none.get(name),
@@ -1775,7 +1777,7 @@ def stream_command(args, given, dtype):
     if args.compile:
         compile_student(student)
         if args.full:
-            print("seconds of an attention:", fastest_attention(cfg, dtype))
+            fastest_attention(cfg, dtype)
             vae.compile()
     if args.vae:
         vae = TinyVAE(args.vae, dtype)
@@ -1820,7 +1822,7 @@ def bench(args, given, dtype):
         elif rung == "VAE compiled":
             vae.compile()
         elif rung == "attention":
-            print("seconds of an attention:", fastest_attention(cfg, dtype))
+            fastest_attention(cfg, dtype)
         elif rung == "fp8":
             use_float8(student)
         elif rung == "tiny VAE":
@@ -1843,8 +1845,10 @@ def toy_command(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        early = [name for name in given if name.startswith(
-            ("teacher", "heads", "rope", "drop") + ("causal",) * (not cfg.ode))]
+        settled = ["teacher", "heads", "rope", "drop"]
+        if not cfg.ode:
+            settled.append("causal")
+        early = [name for name in given if name.startswith(tuple(settled))]
         check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
               "--from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
@@ -1873,7 +1877,7 @@ def main(argv=None):
         check(args.stream or args.bench or not (args.compile or args.fp8 or args.vae),
               "--compile, --fp8 and --vae are for --stream: leave them out")
         args.out.mkdir(parents=True, exist_ok=True)
-        command = max(commands, key=commands.get)
+        command, = [command for command, wanted in commands.items() if wanted]
         command(args, given, dtype)
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
