@@ -1555,12 +1555,15 @@ def step_flops(cfg, teacher):
     return cfg.critic_ratio * (rollout + 3 * critic) + rollout + guided + critic + 4 * student
 
 
-def plan(cfg, teacher, micro, counts):
-    """Print, by shapes alone, the GB that each of so many H100 needs and the seconds of a step."""
+def dry_run(args, given, dtype, counts=(1, 8, 64)):
+    """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
+    cfg = replace(PRESETS["full"], **given)
+    check(not cfg.tilt, "--tilt is for the toy: leave it out")
+    teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
                           for c in (cfg, teacher))
-    frame = 2 * micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
+    frame = 2 * args.micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
     for count in counts:
         parts = {
@@ -1573,22 +1576,17 @@ def plan(cfg, teacher, micro, counts):
         seconds = step_flops(cfg, teacher) * cfg.batch / count / RATE
         print(f"{count} GPUs: {seconds:.0f} s a step, GB of each:",
               {name: round(part / 1e9, 1) for name, part in parts.items()})
+    return cfg, teacher
 
 
-def train_full(args, given, dtype):
-    """Re-DMD of the 1.3B model, by torchrun; --dry-run: what that takes on 1, 8 and 64 GPUs."""
-    cfg = replace(PRESETS["full"], **given)
-    check(not cfg.tilt, "--tilt is for the toy: leave it out")
-    teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
-    if args.dry_run:
-        plan(cfg, teacher, args.micro, [1, 8, 64])
-        return
+def train(args, given, dtype):
+    """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
     files = args.weights, args.critic, args.teacher, args.wan, args.prompts, args.reward
     check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
           "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward")
     count = int(os.environ["WORLD_SIZE"])
+    cfg, teacher = dry_run(args, given, dtype, [count])
     check_multiple("batch", cfg.batch, count * args.micro)
-    plan(cfg, teacher, args.micro, [count])
     mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
     train_student(FullRun(cfg, teacher, args, dtype, mesh))
     torch.distributed.destroy_process_group()
@@ -1597,14 +1595,9 @@ def train_full(args, given, dtype):
 # ------------------------------------------------------------------------------- Command line
 @dataclass
 class Options:
-    """What to do and with which files. Every field is a flag, as those of Config are."""
-    toy: bool = False               # train what --out lacks, stream, write the report
+    """With which files, and how. Every field is a flag, as those of Config are."""
     ablate: bool = False            # with --toy: both ideas against their controls
-    stream: bool = False            # --prompt into out/stream.webp, by the student in --out
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
-    bench: bool = False             # with --full: measure speed, any weights or none
-    train: bool = False             # with --full, by torchrun: Re-DMD from --weights
-    dry_run: bool = False           # with --full: print what --train needs, for 1, 8 and 64 GPUs
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
     fp8: bool = False               # blocks' linear layers multiply in 8 bits
     prompt: str = ""
@@ -1695,24 +1688,31 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse(argv):
-    """(Options, {Config field: value given})."""
+    """(command, Options, {Config field: value given})."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      epilog="class Options and class Config say what each means",
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = functools.partial(check, False)
+    commands = parser.add_mutually_exclusive_group(required=True)
+    for command in toy, stream, bench, train, dry_run:
+        commands.add_argument(flag(command.__name__), action="store_const", const=command,
+                              dest="command", help=command.__doc__)
     for f in fields(Options) + fields(Config):
-        name = "--" + f.name.replace("_", "-")
         if f.type is bool:
-            parser.add_argument(name, action="store_true")
+            parser.add_argument(flag(f.name), action="store_true")
         elif f.type is list:
-            parser.add_argument(name, nargs=2, action="append")
+            parser.add_argument(flag(f.name), nargs=2, action="append")
         else:
-            parser.add_argument(name, type=f.type, help=f"[{f.default}]")
+            parser.add_argument(flag(f.name), type=f.type, help=f"[{f.default}]")
     given = vars(parser.parse_args(argv))
     options = {name: given.pop(name) for name in vars(Options()) if name in given}
-    return Options(**options), given
+    return given.pop("command"), Options(**options), given
 
 
 def open_toy(args, given, dtype):
@@ -1733,8 +1733,6 @@ def open_full(args, given, dtype):
     """(student, vae, encode, cfg) of the full size; for --bench random where no file is given."""
     cfg = replace(PRESETS["full"], **given)
     cfg.chunks_in(args.frames)                                       # refused before loading
-    check(args.bench or args.weights and args.wan and args.wan.is_dir(),
-          "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
     vae = WanVAE(args.wan, dtype)
 
     def encode(prompts):
@@ -1758,10 +1756,12 @@ def open_clip(path, cfg):
     return torch.tensor(np.stack(frames)).movedim(3, 1)[None]
 
 
-def stream_command(args, given, dtype):
-    """Stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
+def stream(args, given, dtype):
+    """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
     check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
     check(args.full or not args.vae, "--vae is for --full: leave it out")
+    check(not args.full or args.weights and args.wan and args.wan.is_dir(),
+          "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
@@ -1810,7 +1810,7 @@ def stream_command(args, given, dtype):
 
 
 def bench(args, given, dtype):
-    """Speed in one run, each rung on top of the last: out/bench.json. Any weights will do."""
+    """with --full: speed in one run, each rung on top of the last: out/bench.json. Any weights will do."""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
@@ -1838,8 +1838,8 @@ def bench(args, given, dtype):
         (args.out / "bench.json").write_text(json.dumps(table, indent=1))
 
 
-def toy_command(args, given, dtype):
-    """Train what --out lacks, in the toy's world; then measure and draw, or compare."""
+def toy(args, given, dtype):
+    """train what --out lacks, in the toy's world; then measure and draw, or compare."""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
     check(cfg.chunk > 1, "training needs --chunk 2 or more: its loss compares frames of a chunk")
     cfg.chunks_in(args.frames)                                       # refused before it starts
@@ -1861,23 +1861,19 @@ def toy_command(args, given, dtype):
 def main(argv=None):
     """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
-        args, given = parse(argv)
-        args.frames = args.frames or (477 if args.bench else 81 if args.full else 240)
+        command, args, given = parse(argv)
+        args.frames = args.frames or (477 if command is bench else 81 if args.full else 240)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
         torch.set_default_device(device)
         dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
-        commands = {toy_command: args.toy, stream_command: args.stream, bench: args.bench,
-                    train_full: args.train or args.dry_run}
-        check(sum(commands.values()) == 1 and (args.stream or args.full != args.toy),
-              "say what to do: --toy, --stream, or with --full one of --stream, --bench, --train "
-              "and --dry-run")
-        check(args.stream or args.bench or not (args.compile or args.fp8 or args.vae),
+        check(command is stream or args.full == (command is not toy),
+              "--bench, --train and --dry-run go with --full, and --toy without it")
+        check(command in (stream, bench) or not (args.compile or args.fp8 or args.vae),
               "--compile, --fp8 and --vae are for --stream: leave them out")
         args.out.mkdir(parents=True, exist_ok=True)
-        command, = [command for command, wanted in commands.items() if wanted]
         command(args, given, dtype)
         return 0
     except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
