@@ -1563,7 +1563,7 @@ def dry_run(args, given, dtype, counts=(1, 8, 64)):
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
                           for c in (cfg, teacher))
-    frame = 2 * args.micro * cfg.rows * cfg.cols * cfg.dim                # bytes of its tokens in bf16
+    frame = 2 * args.micro * cfg.rows * cfg.cols * cfg.dim           # bytes of its tokens in bf16
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
     for count in counts:
         parts = {
@@ -1757,7 +1757,7 @@ def open_clip(path, cfg):
 
 
 def stream(args, given, dtype):
-    """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast."""
+    """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
     check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
     check(args.full or not args.vae, "--vae is for --full: leave it out")
     check(not args.full or args.weights and args.wan and args.wan.is_dir(),
@@ -1810,7 +1810,7 @@ def stream(args, given, dtype):
 
 
 def bench(args, given, dtype):
-    """with --full: speed in one run, each rung on top of the last: out/bench.json. Any weights will do."""
+    """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
@@ -1839,7 +1839,7 @@ def bench(args, given, dtype):
 
 
 def toy(args, given, dtype):
-    """train what --out lacks, in the toy's world; then measure and draw, or compare."""
+    """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
     check(cfg.chunk > 1, "training needs --chunk 2 or more: its loss compares frames of a chunk")
     cfg.chunks_in(args.frames)                                       # refused before it starts
