@@ -1298,15 +1298,13 @@ class TinyVAE:
     def __init__(self, folder, dtype):
         sys.path.append(str(folder))
         from taehv import TAEHV, StreamingTAEHV
-        model = TAEHV(str(folder / "taew2_1.pth")).to(torch.get_default_device(), dtype)
+        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype)
         self.dtype, self.taehv = dtype, StreamingTAEHV(model.requires_grad_(False))
 
     def decode(self, latents, past):
         """As WanVAE.decode; what it remembers is in the library's object."""
-        pixels = []
-        for latent in latents.to(self.dtype).split(1, 1):
-            pixels += [self.taehv.decode(latent), *iter(self.taehv.decode, None)]
-        return to_bytes(2 * torch.cat(pixels, 1).float() - 1)
+        frames = [self.taehv.decode(latents.to(self.dtype)), *iter(self.taehv.decode, None)]
+        return to_bytes(2 * torch.cat(frames, 1).float() - 1)
 
 
 def compile_student(student):

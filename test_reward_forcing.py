@@ -951,7 +951,8 @@ class StreamingTAEHV:
         self.model, self.queue, self.skip = model, [], 3
     def decode(self, latent=None):
         if latent is not None:
-            self.queue += [latent[:, :, :3] * self.model.gain * n for n in (1, 2, 3, 4)]
+            for one in latent.split(1, 1):
+                self.queue += [one[:, :, :3] * self.model.gain * n for n in (1, 2, 3, 4)]
         self.queue, self.skip = self.queue[self.skip:], 0
         return self.queue.pop(0) if self.queue else None
 """
