@@ -1246,13 +1246,9 @@ def wan_text(prompts, folder, cfg, dtype):
     encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
     check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
           "embedding: download it again, or try another release of transformers")
-    encoder.to(torch.get_default_device()).eval()
-    features = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=cfg.text_len)
-        encoded = encoder(tokens.input_ids.to(encoder.device))
-        features.append(encoded.last_hidden_state[0].cpu())
-    return features
+    encoder.to(torch.get_default_device())
+    tokens = tokenizer(prompts, truncation=True, max_length=cfg.text_len).input_ids
+    return [encoder(torch.tensor([ids])).last_hidden_state[0].cpu() for ids in tokens]
 
 
 class WanVAE:
