@@ -1408,7 +1408,7 @@ class VideoAlign:
             with torch.device("cpu"):                                # as in wan_text
                 self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
                 self.model.resize_token_embeddings(len(self.tokenizer))
-            self.model.to(torch.get_default_device()).eval()
+            self.model.to(torch.get_default_device())
             path, = folder.glob("checkpoint-*/model.pth")
             state = torch.load(path, map_location=self.model.device)
             for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
@@ -1439,7 +1439,7 @@ class VideoAlign:
         chat = self.chat.replace(pad, pad * int(grid[0].prod() // 4))
         ids = torch.tensor(self.tokenizer(chat).input_ids).expand(len(frames), -1)
         # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
-        positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
         states = self.model(
             input_ids=ids, position_ids=positions, video_grid_thw=grid,
             pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
