@@ -1256,10 +1256,9 @@ class WanVAE:
     def __init__(self, folder, dtype):
         from diffusers import AutoencoderKLWan as Wan
         vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
-        vae.to(torch.get_default_device(), dtype).requires_grad_(False)
-        self.vae = vae.eval()
-        self.mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
-        self.std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
+        self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
+        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
+        self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
 
     def compile(self):
         """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
