@@ -1318,12 +1318,12 @@ def fastest_attention(cfg, dtype):
     tokens = cfg.rows * cfg.cols
     k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
     inputs = {"q": k[:, :, :cfg.chunk * tokens], "k": k, "attend": scaled_dot_product_attention}
-    times = {}
+    times, kernels = {}, torch.backends.cuda
 
     def choose(name):
-        torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(name != "cudnn")
-        torch.backends.cuda.enable_mem_efficient_sdp(name != "cudnn")
+        kernels.enable_cudnn_sdp(name == "cudnn")
+        kernels.enable_flash_sdp(name != "cudnn")
+        kernels.enable_mem_efficient_sdp(name != "cudnn")
         if "FA" in name:
             attention.activate_flash_attention_impl(name)
         elif attention.current_flash_attention_impl():
