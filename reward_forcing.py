@@ -1530,22 +1530,24 @@ class FullRun(Run):
 PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
 
 
-def pass_flops(cfg, frames, seen):
-    """FLOPs of linear layers and attention in one pass over frames that attend to `seen` frames."""
-    frame = cfg.rows * cfg.cols
-    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * frame + cfg.text_len)
-    return 2 * cfg.layers * cfg.dim * frames * frame * width
+def frame_flops(cfg, seen):
+    """FLOPs of linear layers and attention in one pass, for each frame; it sees so many frames."""
+    tokens = cfg.rows * cfg.cols
+    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * tokens + cfg.text_len)
+    return 2 * cfg.layers * cfg.dim * tokens * width
 
 
 def step_flops(cfg, teacher):
     """FLOPs per sample of critic_ratio critic updates and one of the student. A pass with gradient
     counts as three; VAE, reward, and what is computed again are left out, and the window is taken
     to be full all the time."""
-    student = pass_flops(cfg, cfg.clip, cfg.window)
-    critic = pass_flops(cfg, cfg.clip, cfg.clip)
-    guided = 2 * pass_flops(teacher, cfg.clip, cfg.clip)
+    student = frame_flops(cfg, cfg.window)
+    critic = frame_flops(cfg, cfg.clip)
+    guided = 2 * frame_flops(teacher, cfg.clip)
     rollout = student * (cfg.denoise_steps + 3) / 2                  # mean exit, and the clean pass
-    return cfg.critic_ratio * (rollout + 3 * critic) + rollout + guided + critic + 4 * student
+    critic_update = rollout + 3 * critic
+    student_update = rollout + guided + critic + 4 * student
+    return cfg.clip * (cfg.critic_ratio * critic_update + student_update)
 
 
 def dry_run(args, given, dtype, counts=(1, 8, 64)):

@@ -155,7 +155,7 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
             cache.append()
     counted = counter.get_total_flops()
     assert abs(counted / 1e12 - 24.26) < 0.005
-    assert abs(rf.pass_flops(FULL, FULL.chunk, FULL.window) / counted - 1) < 0.001
+    assert abs(FULL.chunk * rf.frame_flops(FULL, FULL.window) / counted - 1) < 0.001
 
 
 # ------------------------------------------------- Cache and rollout against a slow twin
