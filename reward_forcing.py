@@ -46,6 +46,7 @@ import select
 import shutil
 import sys
 import time
+import types
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -1347,27 +1348,22 @@ def to_float8(x):
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-class Float8Linear(nn.Module):
-    """A linear layer that multiplies in 8 bits."""
-    def __init__(self, linear):
-        super().__init__()
-        self.weight, self.scale = to_float8(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x):
-        rows, scale = to_float8(x.flatten(0, -2))
-        by_row = nn.functional.ScalingType.RowWise
-        out = nn.functional.scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
-        return (out.view(*x.shape[:-1], -1) + self.bias).type_as(x)
+def float8_forward(layer, x):
+    """What a linear layer does, multiplying in 8 bits."""
+    rows, scale = to_float8(x.flatten(0, -2))
+    by_row = nn.functional.ScalingType.RowWise
+    out = nn.functional.scaled_mm(rows, layer.weight.T, scale, by_row, layer.scale.T, by_row)
+    return (out.view(*x.shape[:-1], -1) + layer.bias).type_as(x)
 
 
 def use_float8(student):
     """In the blocks' linear layers, where most of the work is."""
     with using("--fp8", "of GPUs it needs an H100 or newer"):
-        for parent in [*student.blocks.modules()]:
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear:
-                    setattr(parent, name, Float8Linear(child))
+        for layer in student.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.data, layer.scale = to_float8(layer.weight.data)
+                # a method: with functools.partial every block would need graphs of its own
+                layer.forward = types.MethodType(float8_forward, layer)
         student.blocks[0].ffn(torch.zeros(16, student.cfg.dim))      # refused now or never
 
 
@@ -1521,11 +1517,11 @@ class FullRun(Run):
         GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
         cfg, before, self.clock = self.cfg, self.clock, time.perf_counter()
-        pace = cfg.batch / self.processes / (self.clock - before)    # samples per GPU and second
-        tokens = self.processes * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
-        return dict(zip(numbers, means), tokens_per_second=pace * tokens,
+        seconds = self.clock - before
+        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        return dict(zip(numbers, means), tokens_per_second=tokens / seconds,
                     memory=torch.cuda.max_memory_allocated() / 1e9,
-                    utilisation=pace * step_flops(cfg, self.teacher) / PEAK)
+                    utilisation=step_flops(cfg, self.teacher) / seconds / self.processes / PEAK)
 
 
 PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
@@ -1539,7 +1535,7 @@ def frame_flops(cfg, seen):
 
 
 def step_flops(cfg, teacher):
-    """FLOPs per sample of critic_ratio critic updates and one of the student. A pass with gradient
+    """FLOPs of a step: critic_ratio critic updates and one of the student. A pass with gradient
     counts as three; VAE, reward, and what is computed again are left out, and the window is taken
     to be full all the time."""
     student = frame_flops(cfg, cfg.window)
@@ -1548,7 +1544,7 @@ def step_flops(cfg, teacher):
     rollout = student * (cfg.denoise_steps + 3) / 2                  # mean exit, and the clean pass
     critic_update = rollout + 3 * critic
     student_update = rollout + guided + critic + 4 * student
-    return cfg.clip * (cfg.critic_ratio * critic_update + student_update)
+    return cfg.batch * cfg.clip * (cfg.critic_ratio * critic_update + student_update)
 
 
 def dry_run(args, given, dtype, counts=(1, 8, 64)):
@@ -1569,7 +1565,7 @@ def dry_run(args, given, dtype, counts=(1, 8, 64)):
             "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
         parts["in all"] = sum(parts.values())
-        seconds = step_flops(cfg, teacher) * cfg.batch / count / RATE
+        seconds = step_flops(cfg, teacher) / count / RATE
         print(f"{count} GPUs: {seconds:.0f} s a step, GB of each:",
               {name: round(part / 1e9, 1) for name, part in parts.items()})
     return cfg, teacher
