@@ -779,7 +779,7 @@ def to_bytes(pixels):
 
 def track(frames):
     """The one bright object in frames (B, F, 3, height, width) uint8: its mask (B, F, height,
-    width) in [0, 1] and its centre (B, F, 2), x and y in px. No object: an empty mask."""
+    width) in [0, 1], its area (B, F) and its centre (B, F, 2), x and y in px. No object: area 0."""
     pixels = frames / 255
     ground = pixels.flatten(3).median(3).values[..., None, None]
     distance = (pixels - ground).norm(dim=2)             # of colours, at most 3 ** 0.5
@@ -788,8 +788,8 @@ def track(frames):
     x = torch.arange(mask.shape[3]) + 0.5
     y = torch.arange(mask.shape[2]) + 0.5
     moment = torch.stack([mask.sum(2) @ x, mask.sum(3) @ y], 2)
-    area = mask.sum((2, 3)).clamp_min(1e-6)
-    return mask, moment / area[..., None]
+    area = mask.sum((2, 3))
+    return mask, area, moment / area[..., None].clamp_min(1e-6)
 
 
 def agreement(centre):
@@ -803,13 +803,13 @@ def agreement(centre):
 
 def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
-    mask, centre = track(frames)
-    area = mask.sum((2, 3)).unfold(1, 3, 1)                                  # (B, F-2, 3)
-    steady = area.amin(2) / area.amax(2).clamp_min(1e-6)
+    _, area, centre = track(frames)
+    areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
+    steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
     return mean_each(agreement(centre) * steady ** 2)
 
 
-def shape_overlaps(mask, centre):
+def shape_overlaps(mask, area, centre):
     """(B, F, 3): intersection over union of each mask with a circle, a square and a triangle of its
     own area and centre."""
     dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
@@ -818,7 +818,7 @@ def shape_overlaps(mask, centre):
               torch.maximum(dx.abs(), dy.abs()),
               torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2)]
     unit = torch.tensor([math.pi, 4, 27 ** 0.5])                             # areas at size 1
-    size = (mask.sum((2, 3))[..., None] / unit).sqrt()                       # (B, F, 3)
+    size = (area[..., None] / unit).sqrt()                                   # (B, F, 3)
     drawn = size[..., None, None] - torch.stack(gauges, 2) + 0.5
     drawn, mask = drawn.clamp(0, 1), mask[:, :, None]                        # (B, F, 3, ...)
     either = torch.maximum(drawn, mask).sum((3, 4)).clamp_min(1e-6)
@@ -838,12 +838,11 @@ def measure(chunk, frames, captions, first=None):
     copy    largest correlation of a frame with one of `first`, a chunk (None: its own first)
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
-    mask, centre = track(frames)
-    area = mask.sum((2, 3))                                                  # (B, F)
-    begun = area[:, :chunk].mean(1, keepdim=True).clamp_min(1e-6)
+    mask, area, centre = track(frames)
+    begun = area[:, :chunk].mean(1, keepdim=True)
     named = [[shape in caption for shape in ("circle", "square", "triangle")]
              for caption in captions]
-    overlaps = shape_overlaps(mask, centre)                                  # (B, F, 3)
+    overlaps = shape_overlaps(mask, area, centre)                            # (B, F, 3)
     quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
     move = centre.diff(dim=1)
     pace = move.norm(dim=2)

@@ -649,7 +649,7 @@ def test_world_is_what_its_script_draws_and_small():
 
 def test_tracker_finds_true_speeds_and_shapes_and_the_vae_leaves_them():
     world, truth = rf.ToyWorld(TOY, WORLD), np.load(WORLD)["speed"]
-    _, centre = rf.track(world.clips)
+    *_, centre = rf.track(world.clips)
     speed = centre.diff(dim=1).norm(dim=2).mean(1)
     assert np.allclose(speed, truth, rtol=0.1, atol=0.02)
     decoded = world.decode(world.encode(world.clips))
