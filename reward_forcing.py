@@ -774,7 +774,7 @@ class ToyWorld:
 
 def to_bytes(pixels):
     """[-1, 1] to uint8."""
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def track(frames):
@@ -855,20 +855,21 @@ def measure(chunk, frames, captions, first=None):
     def unit(x):                                                     # products are correlations
         x = x.flatten(2).float()
         return normalize(x - x.mean(2, keepdim=True), dim=2)
+
     numbers = {
-        "shape": ((quality == overlaps.amax(2)) & (area > 0)).float(),
+        "shape": (quality == overlaps.amax(2)) & (area > 0),
         "agree": agreement(centre),
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
         "reward": motion_reward(frames),
-        "lost": (area == 0).float(),
+        "lost": area == 0,
         "area": area.std(1) / area.mean(1).clamp_min(1e-6),
-        "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1).float(),
+        "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
         "copy": (unit(frames) @ unit(first).mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
     }
-    return {name: round(number.mean().item(), 4) for name, number in numbers.items()}
+    return {name: round(number.float().mean().item(), 4) for name, number in numbers.items()}
 
 
 # ----------------------------------------------------------- Randomness, optimizers and checkpoint
