@@ -1105,14 +1105,15 @@ def write_webp(file, pictures):
     width, height = pictures[0].size
     box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
     shown = bytes(6) + box + b"\x3c\0\0\2"                          # at 0, 0, 60 ms, opaque
-    head = [(b"RIFF", b"WEBP"), (b"VP8X", b"\2\0\0\0" + box), (b"ANIM", bytes(6))]
-    parts = [] if file.tell() else head
+    if file.tell() == 0:                                             # the head: sizes and contents
+        file.write(b"RIFF\0\0\0\0WEBP")
+        file.write(b"VP8X\x0a\0\0\0\2\0\0\0" + box)
+        file.write(b"ANIM\6\0\0\0" + bytes(6))
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
-        parts.append((b"ANMF", shown + still.getvalue()[12:]))       # without a RIFF of its own
-    for name, data in parts:
-        file.write(name + len(data).to_bytes(4, "little") + data)
+        frame = shown + still.getvalue()[12:]                        # without a RIFF of its own
+        file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
     size = file.tell() - 8
     file.seek(4)
     file.write(size.to_bytes(4, "little"))
