@@ -1083,18 +1083,18 @@ def play(student, vae, text, cfg, frames, finish, **others):
     return seconds[0], cfg.chunk * cfg.time_stride / steady, seconds.sum()
 
 
-def tile(videos, scale, columns):
-    """A picture for each frame of videos (B, F, 3, height, width) uint8, side by side in rows."""
-    columns = math.gcd(len(videos), columns)
-    grid = videos.unflatten(0, (-1, columns)).permute(2, 0, 4, 1, 5, 3)      # (F, rows, height,
-    grid = grid.flatten(3, 4).flatten(1, 2)                                  #  columns, width, 3)
+def tile(videos, scale):
+    """A picture for each frame of videos (B, F, 3, height, width) uint8, in rows of at most 4."""
+    columns = math.gcd(len(videos), 4)
+    rows = [torch.cat([*row], 3) for row in videos.split(columns)]   # (F, 3, height, columns width)
+    grid = torch.cat(rows, 2).movedim(1, 3)
     return [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
             for frame in grid.cpu().numpy()]
 
 
-def save_pictures(path, videos, scale, columns):
+def save_pictures(path, videos):
     """Tiled videos as GIF, WebP or PNG."""
-    first, *rest = tile(videos, scale, columns)
+    first, *rest = tile(videos, 3)
     write_safely(path, lambda p: first.save(
         p, save_all=True, append_images=rest, duration=60, loop=0))
 
@@ -1157,9 +1157,9 @@ def report(run, frames):
         "student": stream_all(run, "student", cfg.clip, 4),
     }
     examples = torch.cat([video[:4, :12] for video, _ in shown.values()])    # a row for each
-    save_pictures(run.out / "report.png", examples, 3, 4)
+    save_pictures(run.out / "report.png", examples)
     video, captions = stream_all(run, "student", frames)
-    save_pictures(run.out / "stream.gif", video, 3, 4)
+    save_pictures(run.out / "stream.gif", video)
     shown["stream, first 60"] = video[:, :60], captions
     shown["stream, last 60"] = video[:, -60:], captions, video[:, :cfg.chunk]
     rows = {name: measure(cfg.chunk, *what) for name, what in shown.items()}
@@ -1787,7 +1787,7 @@ def stream(args, given, dtype):
         return texts.get(chunk)
 
     def finish(frames):
-        pictures = tile(frames, 192 // cfg.width or 1, 1)
+        pictures = tile(frames, 192 // cfg.width or 1)
         write_webp(file, pictures)
         bar.update(len(pictures))
         if args.live:

@@ -988,7 +988,7 @@ def test_stream_of_any_length_holds_nothing():
     with open("stream.webp", "wb", 0) as file:
         for chunk in range(100):
             frames = randint(255, (12, 3, 3, 64, 64), dtype=torch.uint8)
-            rf.write_webp(file, rf.tile(frames, 1, 4))
+            rf.write_webp(file, rf.tile(frames, 1))
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[-1] - peaks[20] < 3000                              # kB; the frames are 35,000
     assert Image.open("stream.webp").n_frames == 300
