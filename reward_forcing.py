@@ -825,8 +825,9 @@ def shape_overlaps(mask, area, centre):
     return torch.minimum(drawn, mask).sum((3, 4)) / either
 
 
-def measure(chunk, frames, captions, first=None):
-    """Numbers about frames (B, F, 3, height, width) uint8 in chunks of L: means over the B clips.
+def measure(chunk, video, captions, last=0):
+    """Numbers about a video (B, F, 3, height, width) uint8 in chunks of L, or if given only about
+    its last frames: means over the B clips.
 
     shape   fraction of frames whose object is most like the captioned shape
     agree   px per frame of motion on which neighbouring steps agree: see agreement
@@ -835,9 +836,10 @@ def measure(chunk, frames, captions, first=None):
     reward  motion_reward;                    lost   fraction of frames without an object
     area    deviation of the object's area over its mean, in the course of a clip
     holds   frames until the area is first off by half of the first chunk's: a stream forgets
-    copy    largest correlation of a frame with one of `first`, a chunk (None: its own first)
+    copy    largest correlation of a frame with one of the video's first chunk
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
+    first, frames = video[:, :chunk], video[:, -last:]               # -0: all
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
     named = [[shape in caption for shape in ("circle", "square", "triangle")]
@@ -849,8 +851,6 @@ def measure(chunk, frames, captions, first=None):
     at_seam = torch.arange(1, frames.shape[1]) % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
     segments = quality.unfold(1, segment, segment).mean(2)
-    if first is None:
-        first = frames[:, :chunk]
 
     def unit(x):                                                     # products are correlations
         x = x.flatten(2).float()
@@ -1161,10 +1161,11 @@ def report(run, frames):
     video, captions = stream_all(run, "student", frames)
     save_pictures(run.out / "stream.gif", video)
     shown["stream, first 60"] = video[:, :60], captions
-    shown["stream, last 60"] = video[:, -60:], captions, video[:, :cfg.chunk]
-    rows = {name: measure(cfg.chunk, *what) for name, what in shown.items()}
-    for name, row in rows.items():
-        print(f"{name:16}", row)
+    shown["stream, last 60"] = video, captions, 60
+    rows = {}
+    for name, what in shown.items():
+        rows[name] = measure(cfg.chunk, *what)
+        print(f"{name:16}", rows[name])
     (run.out / "metrics.json").write_text(json.dumps(rows, indent=1))
 
 
