@@ -982,10 +982,9 @@ class Run:
         dropped. Batches of longer cuts have fewer; mirror every other cut, left to right."""
         cfg, world = self.cfg, self.world
         batch = math.ceil(cfg.batch * cfg.clip / frames)
-        clips, length = world.clips.shape[:2]
-        picked = torch.randint(clips, (batch,))
-        start = torch.randint(length - frames + 1, (batch, 1))
-        cuts = world.clips[picked[:, None], start + torch.arange(frames)]
+        starts = world.clips.shape[1] - frames + 1
+        picked = torch.randint(len(world.clips), (batch, 1))
+        cuts = world.clips[picked, torch.randint(starts, (batch, 1)) + torch.arange(frames)]
         if mirror:
             cuts[::2] = cuts[::2].flip(-1)
         text = world.text([world.captions[i] for i in picked])
