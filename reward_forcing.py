@@ -835,7 +835,7 @@ def measure(chunk, video, captions, last=0):
     inside  px per frame within a chunk;      seam   px from one chunk to the next
     reward  motion_reward;                    lost   fraction of frames without an object
     area    deviation of the object's area over its mean, in the course of a clip
-    holds   frames until the area is first off by half of the first chunk's: a stream forgets
+    holds   frames until the area is first off by half of what it began with: a stream forgets
     copy    largest correlation of a frame with one of the video's first chunk
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
@@ -982,9 +982,9 @@ class Run:
         dropped. Batches of longer cuts have fewer; mirror every other cut, left to right."""
         cfg, world = self.cfg, self.world
         batch = math.ceil(cfg.batch * cfg.clip / frames)
-        starts = world.clips.shape[1] - frames + 1
         picked = torch.randint(len(world.clips), (batch, 1))
-        cuts = world.clips[picked, torch.randint(starts, (batch, 1)) + torch.arange(frames)]
+        start = torch.randint(world.clips.shape[1] - frames + 1, (batch, 1))
+        cuts = world.clips[picked, start + torch.arange(frames)]
         if mirror:
             cuts[::2] = cuts[::2].flip(-1)
         text = world.text([world.captions[i] for i in picked])
