@@ -1037,18 +1037,18 @@ class Stage:
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate in another --out")
-        numbers = self.run.complete(numbers)
+        run, state = self.run, self.run.state
+        numbers = run.complete(numbers)
         self.bar.set_postfix(numbers, refresh=False)
-        state = self.run.state
         state["log"].append({"stage": self.name, "step": step, **numbers})
         if step + 1 == self.steps or step % max(1, self.steps // 20) == 0:
-            parts = [self.run.join(part.state_dict()) for part in self.parts]
+            parts = [run.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
-            if self.run.rank == 0:
-                write_safely(self.run.out / "checkpoint.pt", lambda path: torch.save(state, path))
-                (self.run.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
+            if run.rank == 0:
+                write_safely(run.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                (run.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
