@@ -735,8 +735,8 @@ class ToyWorld:
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
+            self.checksum = zlib.crc32(file["clips"])
             _, frames, *latent = self.encode(self.clips[:1]).shape
-        self.checksum = zlib.crc32(self.clips.cpu().numpy())
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
         longest = max(cfg.clip, cfg.causal_clip)
