@@ -814,15 +814,18 @@ def shape_overlaps(mask, area, centre):
     own area and centre."""
     dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
     dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
-    gauges = [torch.hypot(dx, dy),               # how large a shape must be to reach a pixel
-              torch.maximum(dx.abs(), dy.abs()),
-              torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2)]
-    unit = torch.tensor([math.pi, 4, 27 ** 0.5])                             # areas at size 1
-    size = (area[..., None] / unit).sqrt()                                   # (B, F, 3)
-    drawn = size[..., None, None] - torch.stack(gauges, 2) + 0.5
-    drawn, mask = drawn.clamp(0, 1), mask[:, :, None]                        # (B, F, 3, ...)
-    either = torch.maximum(drawn, mask).sum((3, 4)).clamp_min(1e-6)
-    return torch.minimum(drawn, mask).sum((3, 4)) / either
+    shapes = [                                   # the size of a shape that reaches a pixel; its
+        (torch.hypot(dx, dy), math.pi),          # area at size 1
+        (torch.maximum(dx.abs(), dy.abs()), 4),
+        (torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2), 27 ** 0.5),
+    ]
+    overlaps = []
+    for reach, unit in shapes:
+        size = (area / unit).sqrt()[..., None, None]
+        drawn = (size - reach + 0.5).clamp(0, 1)                             # (B, F, height, width)
+        either = torch.maximum(drawn, mask).sum((2, 3)).clamp_min(1e-6)
+        overlaps.append(torch.minimum(drawn, mask).sum((2, 3)) / either)
+    return torch.stack(overlaps, 2)
 
 
 def measure(chunk, video, captions, last=0):
