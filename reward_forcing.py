@@ -795,10 +795,9 @@ def track(frames):
 def agreement(centre):
     """(B, F-2): motion in px per frame on which two neighbouring steps a, b of the centre agree,
     min(|a|, |b|) max(0, cos(a, b)). Trembling, and a jump after standing still, count nothing."""
-    move = centre.diff(dim=1)
-    a, b = move[:, :-1], move[:, 1:]
-    longer = torch.maximum(a.norm(dim=2), b.norm(dim=2))
-    return (a * b).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
+    steps = centre.diff(dim=1).unfold(1, 2, 1)                               # (B, F-2, x y, a b)
+    longer = steps.norm(dim=2).amax(2)
+    return steps.prod(3).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
 
 
 def motion_reward(frames):
