@@ -841,7 +841,7 @@ def measure(chunk, video, captions, last=0):
     copy    largest correlation of a frame with one of the video's first chunk
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
-    first, frames = video[:, :chunk], video[:, -last:]               # -0: all
+    frames = video[:, -last:]                                        # -0: all
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
     named = [[shape in caption for shape in ("circle", "square", "triangle")]
@@ -853,11 +853,8 @@ def measure(chunk, video, captions, last=0):
     at_seam = torch.arange(1, frames.shape[1]) % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
     segments = quality.unfold(1, segment, segment).mean(2)
-
-    def unit(x):                                                     # products are correlations
-        x = x.flatten(2).float()
-        return normalize(x - x.mean(2, keepdim=True), dim=2)
-
+    pixels = video.flatten(2).float()
+    unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
     numbers = {
         "shape": (quality == overlaps.amax(2)) & (area > 0),
         "agree": agreement(centre),
@@ -868,7 +865,7 @@ def measure(chunk, video, captions, last=0):
         "lost": area == 0,
         "area": area.std(1) / area.mean(1).clamp_min(1e-6),
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
-        "copy": (unit(frames) @ unit(first).mT).amax(2),
+        "copy": (unit[:, -last:] @ unit[:, :chunk].mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
     }
     return {name: round(number.float().mean().item(), 4) for name, number in numbers.items()}
