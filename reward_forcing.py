@@ -910,8 +910,8 @@ def write_safely(path, write):
 
 def load_checkpoint(path):
     with using(path, "delete it, if it is there, and train anew, with --toy"):
-        large = torch.distributed.is_initialized()       # then it stays on the disk
-        return torch.load(path, map_location="cpu", mmap=large, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True,
+                          mmap=torch.distributed.is_initialized())   # a large one: not in memory
 
 
 def load_shipped(cfg):
