@@ -828,8 +828,8 @@ def shape_overlaps(mask, area, centre):
 
 
 def measure(chunk, video, captions, last=0):
-    """Numbers about a video (B, F, 3, height, width) uint8 in chunks of L, or if given only about
-    its last frames: means over the B clips.
+    """Numbers about a video (B, F, 3, height, width) uint8 in chunks of L, or only about so many of
+    its last frames (0: all): means over the B clips.
 
     shape   fraction of frames whose object is most like the captioned shape
     agree   px per frame of motion on which neighbouring steps agree: see agreement
@@ -841,7 +841,7 @@ def measure(chunk, video, captions, last=0):
     copy    largest correlation of a frame with one of the video's first chunk
     drift   standard deviation of quality over segments; quality = 100 x overlap with the shape
     """
-    frames = video[:, -last:]                                        # -0: all
+    frames = video[:, -last:]
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
     named = [[shape in caption for shape in ("circle", "square", "triangle")]
