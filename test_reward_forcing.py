@@ -596,6 +596,10 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
         assert loss.x0 is drawn.result[0] and drawn.student is step.student
     told = real.teacher.embed_text(samples[0].result[3])             # the critic begins as it
     assert equal(critics[0].text_kv[0][0], told[0][0])
+    assert [drawn.count for drawn in samples] == [0, 1, 0]
+    begun = run.model("causal")
+    for _ in run.each_turn("critic", 0, 0):                          # the student begins as this
+        assert equal(run.draw_samples(begun, 0)[0], samples[0].result[0])
 
     x, noisy, exit_sigma, text, _ = samples[2].result
     assert step.noisy is noisy and step.sigma is exit_sigma and step.clean is x
