@@ -1232,7 +1232,7 @@ def test_dry_run_counts_memory_of_the_real_shapes(capsys):
 @fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
-    line = f"--toy {TINY} --teacher-steps 150 --distill-steps 5 --out {out}"
+    line = f"--toy {TINY} --distill-steps 5 --out {out}"
     python(HERE / "reward_forcing.py", *line.split())
     return out
 
