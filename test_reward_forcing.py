@@ -1267,9 +1267,12 @@ def test_stream_of_other_length_sink_and_window_changes_no_file_but_its_own(trai
     assert len(videos[0]) == Image.open(trained / "stream.webp").n_frames == 36
 
 
-def test_stream_is_told_another_prompt_at_the_frame_that_is_given(streamed):
+def test_stream_is_told_another_prompt_at_the_frame_that_is_given(streamed, spy):
     plain, told = streamed("--frames 24"), streamed("--frames 24 --then 12 blue")
     assert equal(plain[:12], told[:12]) and not equal(plain[12:15], told[12:15])
+    rolled = spy(rf, "rollout")      # one layer's keys know no text: no picture could tell
+    streamed("--frames 6 --reread")
+    assert rolled[0].reread
 
 
 def test_stream_goes_on_from_a_picture_or_a_clip(streamed):
