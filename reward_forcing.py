@@ -1154,7 +1154,7 @@ def report(run, frames):
         "causal": stream_all(run, "causal", cfg.clip, 4),            # these two from the same noise
         "student": stream_all(run, "student", cfg.clip, 4),
     }
-    examples = torch.cat([video[:4, :12] for video, _ in shown.values()])    # a row for each
+    examples = torch.cat([video[:4, :cfg.clip] for video, _ in shown.values()])    # a row for each
     save_pictures(run.out / "report.png", examples)
     video, captions = stream_all(run, "student", frames)
     save_pictures(run.out / "stream.gif", video)
