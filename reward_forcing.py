@@ -803,6 +803,11 @@ def agreement(centre):
 def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     _, area, centre = track(frames)
+    return steady_motion(area, centre)
+
+
+def steady_motion(area, centre):
+    """motion_reward of what was tracked already: area (B, F), centre (B, F, 2)."""
     areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
     steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
     return mean_each(agreement(centre) * steady ** 2)
@@ -861,7 +866,7 @@ def measure(chunk, video, captions, last=0):
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
-        "reward": motion_reward(frames),
+        "reward": steady_motion(area, centre),
         "lost": area == 0,
         "area": area.std(1) / area.mean(1).clamp_min(1e-6),
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
@@ -1001,7 +1006,7 @@ class Run:
 
     def draw_samples(self, student, count):
         """The student's clips x (n, F, C, h, w), all stopped at one step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their text; how often the sink changed.
+        they were predicted from; that step's sigma (n, F); their text; how many frames were folded.
 
         In the paper the step is random. Here they take turns by count: each is trained as often."""
         cfg, prompts = self.cfg, self.world.prompts
@@ -1186,8 +1191,8 @@ def ablate(run, frames):
     stream it.
 
     Prints means over seeds, and means of the differences from Re-DMD with the same seed, with
-    standard errors. What Re-DMD gains is its difference to "rewards shuffled": there the weights
-    are as uneven, but blind. ablation.json holds each student's numbers: one that is there is not
+    standard errors. What Re-DMD gains is what "rewards shuffled" has less: there the weights are
+    as uneven, but blind. ablation.json holds each student's numbers: one that is there is not
     trained again, so a killed ablation goes on.
     """
     path = run.out / "ablation.json"
