@@ -69,14 +69,15 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------- Config
 @dataclass(frozen=True)
 class Config:
-    """Every number of the method. Every field is a flag: text_dim is --text-dim."""
+    """Every number of the method. Every field is a flag: text_dim is --text-dim; ode, which is
+    true or false, is --ode and --no-ode."""
     # the transformer
     dim: int = 96                   # width
     ffn_dim: int = 256              # width inside the feed-forward layers
     heads: int = 6                  # H
     layers: int = 12                # transformer blocks
     freq_dim: int = 64              # sinusoids that encode the noise level
-    rope_base: float = 10.0         # RoPE wavelengths: from 2 pi to 2 pi rope_base positions
+    rope_base: float = 10.0         # RoPE wavelengths: 2 pi to nearly 2 pi rope_base positions
     text_dim: int = 32              # features per text token; in the toy: most words it can know
     text_len: int = 4               # text tokens, padding included
     channels: int = 16              # C
@@ -99,7 +100,7 @@ class Config:
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
     drop_caption: float = 0.1       # how often training on data hides it: guidance needs that
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
-    guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); others add 1 to it
+    guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); the usual w less 1
     causal_steps: int = 1800
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
@@ -334,10 +335,13 @@ class VideoTransformer(nn.Module):
         return waves.to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F)."""
+        """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F).
+
+        With a cache, the chunk x sees the cache's context and itself, and its own keys and values
+        become cache.newest. Without one, the context is empty: the frames of x see each other."""
         streaming = cache is not None
-        if not streaming:                                            # nothing came before
-            cache = EMASinkCache(self.cfg)
+        if not streaming:
+            cache = EMASinkCache(self.cfg)                           # an empty one
         waves = self.embed_sigma(sigma.reshape(len(x), -1))
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
@@ -430,11 +434,13 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
     were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
-    draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise. chunks=None goes on forever.
-    In distillation all chunks stop after so many of their denoising steps.
-    start: clean chunks (B, L, C, h, w) that stand for the first ones; the stream goes on from them.
-    steer(chunk) is asked before every chunk but the first: text (B, T, text_dim) from there on, or
-    None, no change. With reread the newest chunk is already remembered under the new text.
+    draw      draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise
+    chunks    how many; None: forever
+    steps     denoising steps of every chunk, the first so many of cfg's; None: all
+    start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
+    steer     steer(chunk) is asked before every chunk but the first for new text (B, T, text_dim)
+              that holds from this chunk on; None: no change
+    reread    at such a change: the chunk before is remembered under the new text, not under its own
     """
     def fresh(chunk, step):
         return torch.randn(len(text), cfg.chunk, *cfg.latent)
@@ -453,10 +459,10 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
         if chunk + 1 != chunks:
-            before, told = text_kv, steer and steer(chunk + 1)
-            if told is not None:
-                text_kv = student.embed_text(told)
-            remember(student, x0, text_kv if reread else before, cache)
+            own_kv, new_text = text_kv, steer and steer(chunk + 1)
+            if new_text is not None:
+                text_kv = student.embed_text(new_text)
+            remember(student, x0, text_kv if reread else own_kv, cache)
 
 
 @torch.no_grad()
@@ -478,11 +484,13 @@ def mean_square(error):
 
 
 def motion_square(error):
-    """mean_square of error (B, F, C, h, w) and of twice its 2 x 2 averages, and 4 times that of the
-    changes of both from frame to frame, within the frames given. A quadratic loss has the same
-    minimiser, the conditional mean, in any fixed norm; this one asks first where things are and how
-    they move. In Re-DMD it turns g into M g with a positive matrix M: 0 where g is 0. The critic is
-    trained by the plain norm, as in the paper."""
+    """A square of error (B, F, C, h, w) that counts first where things are and how they move: (B,).
+
+    With e the error and a its averages over 2 x 2 latent pixels, it is the mean of
+        e^2 + (2 a)^2 + 4 (e[t+1] - e[t])^2 + 4 (2 a[t+1] - 2 a[t])^2        t: the frames given
+    Like any fixed positive quadratic form it has the minimiser of the plain square, the conditional
+    mean. In Re-DMD it turns the gradient g into M g, M a positive matrix: 0 where g is 0. The
+    critic is trained by the plain square, as in the paper."""
     blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
     parts = error, 2 * blocks
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
@@ -526,9 +534,10 @@ def regression_loss(x0, target, weight=1.0, norm=mean_square):
 class RewardWeight(nn.Module):
     """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
-    Divided by its running mean, which is not in the paper: so the size of a step does not depend on
-    the size of the rewards. The mean is that of twenty batches or so; by the mean of its own small
-    batch a great weight would mostly be divided by itself.
+    Divided by its running mean, over twenty batches or so, which is not in the paper: the size of a
+    step shall not depend on the general size of the rewards. By the mean of its own small batch a
+    great weight would mostly be divided by itself. There is one mean for all exit steps, so samples
+    that stop late, which are sharper and move more, still weigh more than those that stop early.
     """
     def __init__(self, beta):
         super().__init__()
@@ -556,9 +565,10 @@ def train_teacher(run):
     for step in stage.bar:
         set_seed(cfg.seed, "teacher", step)
         x0, text = run.draw_clips(cfg.clip)                                  # (B, F, C, h, w)
-        u = torch.rand(cfg.batch, cfg.clip)  # a level for each frame: a cleaner neighbour teaches
-        u[::2] = u[::2, :1]                  # where a noisy object is; every other clip has one for
-                                             # all its frames, as in sampling
+        # In every other clip each frame has its own level: a cleaner neighbour teaches where a
+        # noisy object is (2407.01392). In the others all have the same one, as in sampling.
+        u = torch.rand(cfg.batch, cfg.clip)
+        u[::2] = u[::2, :1]
         sigma = shift_sigma(u, cfg.sigma_shift)
         text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
@@ -590,7 +600,7 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
     Chunk by chunk, through the cache as in streaming. The context carries no gradient, so each
-    chunk's is sent back at once, and the activations of only one chunk are alive at a time.
+    chunk has its backward pass at once, and only one chunk's activations are alive at a time.
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
@@ -601,7 +611,8 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
         loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
         loss.backward()
         total += loss.item()
-        remember(student, clean[:, now], text_kv, cache)
+        if now[-1] + 1 < clean.shape[1]:                             # the last is nobody's context
+            remember(student, clean[:, now], text_kv, cache)
     return total
 
 
@@ -623,7 +634,7 @@ def train_causal(run):
     optimizers = make_optimizers(student, cfg.causal_lr)
     stage = Stage(run, "causal", cfg.causal_steps, student, *optimizers)
     for step in stage.bar:
-        set_seed(cfg.seed, "start", step)    # by this word shipped.npz was drawn
+        set_seed(cfg.seed, "start", step)    # not "causal": shipped.npz was trained by this word
         clean, text = run.draw_clips(cfg.clip if cfg.ode else cfg.causal_clip, mirror=True)
         frames = torch.arange(clean.shape[1])                                # (F,)
         level = torch.randint(cfg.denoise_steps, (len(clean), len(frames) // cfg.chunk))
@@ -651,23 +662,24 @@ def train_student(run):
         g         <- (x0_fake - x0_real) / mean|x - x0_real|
         weight    <- exp(reward(x) / beta), one per sample
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
-                     (in the paper by mean_square, --plain-norm; here by motion_square)
+                     (in the paper and at full size by mean_square, in the toy by motion_square)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
 
     Where does it end? g is 0 where the critic, which knows what the student makes, predicts what
-    the guided teacher predicts. There no weight moves anything: Re-DMD has the fixed point of DMD.
-    The weights only decide which samples are mended first. That matters for a student that is too
-    small to be the teacher, or that is stopped early: it ends nearer to what was weighted most.
+    the guided teacher predicts. There no weight moves anything. So if a student can be the guided
+    teacher, Re-DMD has the fixed point of DMD, and the weights only decide which samples are mended
+    first. They matter for a student that is too small for that, or that is stopped early: it ends
+    nearer to what was weighted most.
     """
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("causal"), run.model("causal")      # the average is what streams
     student_optimizers = make_optimizers(student, cfg.student_lr)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr)
-    # Beyond the paper, --tilt: a critic trained with weights exp(-reward / beta) models
-    # student * exp(-reward / beta). Plain DMD makes that the teacher, so training ends at
-    # student = teacher * exp(reward / beta).
+    # Beyond the paper, --tilt: the weights exp(-reward / beta) go into the critic's loss, and the
+    # student's loss has none. Such a critic models student * exp(-reward / beta). DMD makes that
+    # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     negative = run.world.text([run.negative])
     stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
@@ -855,7 +867,7 @@ def measure(chunk, video, captions, last=0):
     quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
     move = centre.diff(dim=1)
     pace = move.norm(dim=2)
-    at_seam = torch.arange(1, frames.shape[1]) % chunk == 0
+    at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
     segments = quality.unfold(1, segment, segment).mean(2)
     pixels = video.flatten(2).float()
@@ -1201,17 +1213,19 @@ def ablate(run, frames):
     run.out = run.out / "ablation"           # the students' own checkpoint
     run.out.mkdir(exist_ok=True)
     for seed, arm in itertools.product(SEEDS, ARMS):
-        key = f"{arm}, seed {seed}"
+        key = f"{arm}, seed {seed}, {frames} frames"
         if key not in done:
             print(key)
             run.cfg = replace(base, seed=seed, **ARMS[arm])
+            run.state["config"] |= asdict(run.cfg)
+            run.state["log"] = []
             run.state["stages"].pop("student")
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
             write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1)))
 
-    numbers = np.array([[list(done[f"{arm}, seed {seed}"].values()) for seed in SEEDS]
-                        for arm in ARMS])                            # (arms, seeds, measures)
+    numbers = np.array([[list(done[f"{arm}, seed {seed}, {frames} frames"].values())
+                         for seed in SEEDS] for arm in ARMS])        # (arms, seeds, measures)
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[0])):
         errors = table.std(1, ddof=1) / len(SEEDS) ** 0.5
         for arm, *row in zip(ARMS, table.mean(1), errors):
@@ -1295,16 +1309,17 @@ class WanVAE:
 
 class TinyVAE:
     """TAEHV (O. Boer Bohan), near Wan2.1's VAE at a small part of its cost, by its own code: folder
-    is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth. For one stream."""
+    is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
     def __init__(self, folder, dtype):
         sys.path.append(str(folder))
         from taehv import TAEHV, StreamingTAEHV
-        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype)
-        self.dtype, self.taehv = dtype, StreamingTAEHV(model.requires_grad_(False))
+        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
+        self.dtype, self.new_stream = dtype, functools.partial(StreamingTAEHV, model)
 
     def decode(self, latents, past):
-        """As WanVAE.decode; what it remembers is in the library's object."""
-        frames = [self.taehv.decode(latents.to(self.dtype)), *iter(self.taehv.decode, None)]
+        """As WanVAE.decode; past carries the library's own object, which remembers."""
+        decode = past.setdefault("stream", self.new_stream()).decode
+        frames = [decode(latents.to(self.dtype)), *iter(decode, None)]
         return to_bytes(2 * torch.cat(frames, 1).float() - 1)
 
 
@@ -1609,8 +1624,8 @@ class Options:
                                     # --train where the student starts
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
     critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts
-    teacher: Path = None            # with --train: the same, or
-    large_teacher: bool = False     # with --train: Wan2.1-T2V-14B as --teacher
+    teacher: Path = None            # with --train: that too, or with --large-teacher Wan2.1-T2V-14B
+    large_teacher: bool = False     # --teacher is Wan2.1-T2V-14B
     prompts: Path = None            # with --train: a text file, one prompt a line
     negative: str = ""              # with --train: what guidance leads away from
     reward: str = ""                # with --train: videoalign:FOLDER
@@ -1641,6 +1656,7 @@ def using(path, mend):
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
+    # what, beside a finite number above 0, a field may be
     none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "ode", "weight_ema",
                           "ema_start", "plain_norm", "tilt", "shuffle", "adamw", "seed"), 0)
     none["beta"] = math.inf
@@ -1650,6 +1666,10 @@ def check_config(cfg):
               "beta may be inf: plain DMD")
     check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
           "alpha, drop_caption and weight_ema must be at most 1")
+    check(not (cfg.tilt and cfg.shuffle), "--shuffle is for the student's weights, which --tilt "
+          "does not use: leave one out")
+    check_multiple("height", cfg.height, 2 * cfg.stride)             # a token: 2 x 2 latent pixels
+    check_multiple("width", cfg.width, 2 * cfg.stride)
     check_multiple("clip", cfg.clip, cfg.chunk)
     check_multiple("causal_clip", cfg.causal_clip, cfg.chunk)
     check_multiple("sample_steps", cfg.sample_steps, cfg.denoise_steps)
@@ -1685,6 +1705,15 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
+USES = {                         # the options of each command, beside --out and --full
+    "toy": "ablate frames data from_scratch",
+    "stream": "compile fp8 prompt then reread live vae start frames weights wan data",
+    "bench": "vae frames weights wan",
+    "train": "weights wan critic teacher large_teacher prompts negative reward micro",
+    "dry_run": "large_teacher micro",
+}
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -1702,14 +1731,18 @@ def parse(argv):
                               dest="command", help=command.__doc__)
     for f in fields(Options) + fields(Config):
         if f.type is bool:
-            parser.add_argument(flag(f.name), action="store_true")
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction)
         elif f.type is list:
             parser.add_argument(flag(f.name), nargs=2, action="append")
         else:
             parser.add_argument(flag(f.name), type=f.type, help=f"[{f.default}]")
     given = vars(parser.parse_args(argv))
     options = {name: given.pop(name) for name in vars(Options()) if name in given}
-    return given.pop("command"), Options(**options), given
+    command = given.pop("command")
+    used = {"out", "full", *USES[command.__name__].split()}
+    check(used >= set(options), f"{', '.join(map(flag, set(options) - used))} is not for "
+          f"{flag(command.__name__)}, which takes {', '.join(map(flag, used))}: leave it out")
+    return command, Options(**options), given
 
 
 def open_toy(args, given, dtype):
@@ -1842,9 +1875,9 @@ def toy(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        settled = ["teacher", "heads", "rope", "drop"]
+        settled = ["teacher", "heads", "rope", "drop", "sigma_shift", "text_len"]
         if not cfg.ode:
-            settled.append("causal")
+            settled += "causal", "chunk", "denoise"
         early = [name for name in given if name.startswith(tuple(settled))]
         check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
               "--from-scratch")
@@ -1868,8 +1901,6 @@ def main(argv=None):
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
         check(command is stream or args.full == (command is not toy),
               "--bench, --train and --dry-run go with --full, and --toy without it")
-        check(command in (stream, bench) or not (args.compile or args.fp8 or args.vae),
-              "--compile, --fp8 and --vae are for --stream: leave them out")
         args.out.mkdir(parents=True, exist_ok=True)
         command(args, given, dtype)
         return 0

@@ -98,9 +98,9 @@ def main(line):
     return rf.main(line.split())
 
 
-def given(line):
+def given(line, command="--toy"):
     """{field of Config: value} of the flags in a line."""
-    return rf.parse(["--toy", *line.split()])[2]
+    return rf.parse([command, *line.split()])[2]
 
 
 def refused(call, *args, mend):
@@ -698,7 +698,9 @@ def test_measures_tell_frozen_gliding_jumping_and_empty_clips_apart():
     assert glide["agree"] == glide["seam"] == 1 and glide["jitter"] == 0 and glide["copy"] < 1
     end = measure(3, discs(8 + TIME), ["a red circle"], last=3)      # like itself, not the start
     assert end["agree"] == 1 and end["copy"] < glide["copy"]
-    jump, empty = measured(8 + 3 * (TIME // 3)), measured(TIME, 0)
+    leaps = discs(8 + 3 * (TIME // 3))
+    assert measure(3, leaps, ["a red circle"], last=4)["seam"] == 3  # frame 8 ends a chunk
+    jump, empty = measure(3, leaps, ["a red circle"]), measured(TIME, 0)
     assert jump["seam"] == 3 and jump["inside"] == jump["agree"] == empty["shape"] == 0
     grows = measured(8 + TIME, 4 + 0.3 * TIME)                       # by half in the sixth frame
     assert glide["holds"] == 12 > 7 > grows["holds"] > 3 and empty["lost"] == 1 > grows["lost"] == 0
@@ -768,7 +770,7 @@ def test_ablation_trains_every_arm_once_with_its_own_change(monkeypatch, capsys)
                        for seed in seeds for change in changes]
     assert main(line) == 0 and arms == [base, *trained, base]        # which has no step to go
     done = json.loads(Path("out/ablation.json").read_text())
-    without, ours = ([done[f"{arm}, seed {seed}"]["copy"] for seed in seeds]
+    without, ours = ([done[f"{arm}, seed {seed}, 24 frames"]["copy"] for seed in seeds]
                      for arm in ("no sink", "Re-DMD"))
     gap = np.subtract(without, ours)
     row = capsys.readouterr().out.split("no sink - Re-DMD")[-1]
@@ -973,8 +975,10 @@ def taehv():
 
 def test_tiny_vae_decodes_by_the_code_in_its_folder(taehv):
     latents, vae = rand(1, 6, 16, 4, 6), rf.TinyVAE(Path(), float32)
-    frames = cat([vae.decode(chunk, {}) for chunk in latents.split(3, 1)], 1)
-    assert error(frames[:, -1] / 255, 0.4 * latents[:, -1, :3]) < 1 / 255
+    for past in {}, {}:                                              # two streams, each anew
+        frames = cat([vae.decode(chunk, past) for chunk in latents.split(3, 1)], 1)
+        assert frames.shape[1] == 21
+        assert error(frames[:, -1] / 255, 0.4 * latents[:, -1, :3]) < 1 / 255
 
 
 def test_full_size_streams_and_benches(wan, taehv, graphs):
@@ -1162,7 +1166,7 @@ def two_processes(tmp_path_factory):
     """The folder in which worker left its own."""
     folder = tmp_path_factory.mktemp("sharded")
     torch.manual_seed(0)
-    state = random_model(replace(FULL, **given(STEPS)), float32).state_dict()
+    state = random_model(replace(FULL, **given(STEPS, "--train")), float32).state_dict()
     torch.save(state, folder / "w.pt")
     (folder / "prompts").write_text("a\nred panda\nswims\n")
     line = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -1211,7 +1215,7 @@ def test_sharded_run_resumes_bitwise_and_on_one_process_to_rounding(one_process)
 def test_sharded_checkpoint_holds_whole_models_under_the_public_names(one_process):
     path = Path("whole/checkpoint.pt")
     state, start = torch.load(path), torch.load("w.pt")
-    model = VideoTransformer(replace(FULL, **given(STEPS)))
+    model = VideoTransformer(replace(FULL, **given(STEPS, "--train")))
     rf.load_weights(model, path)
     models = [state[name] for name in ("generator_ema", "generator", "critic")]
     assert same(model.state_dict(), models[0])
@@ -1319,7 +1323,9 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --alpha 1.5 | at most 1",
     "--toy --from-scratch --clip 10 | clip=10 does not fit, it goes in steps of 3: try 9 or 12",
     "--toy --from-scratch --sample-steps 10 | try 8 or 12",
-    "--toy --from-scratch --height 20 | latents of [16, 8, 8]",
+    "--toy --from-scratch --height 24 | latents of [16, 8, 8]",
+    "--toy --from-scratch --height 20 | try 16 or 24",
+    "--stream --full --prompt red --width 840 --weights x --wan . | try 832 or 848",
     "--toy --from-scratch --window 5 | --window 9",
     "--toy --from-scratch --sink 7 | --window 13",
     "--toy --from-scratch --sink -1 | sink=-1",
@@ -1333,7 +1339,11 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --layers 2 | 'layers': 2",
     "--toy --layers 2 --out new | add --from-scratch",
     "--toy --causal-lr 1 --out new | add --from-scratch",
-    "--toy --fp8 | for --stream",
+    "--toy --denoise-steps 8 --out new | add --from-scratch",
+    "--toy --tilt --shuffle | leave one out",
+    "--toy --fp8 | --fp8 is not for --toy",
+    "--bench --full --compile | --compile is not for --bench",
+    "--stream --prompt red --ablate | --ablate is not for --stream",
     "--stream --prompt red --vae . | for --full",
     "--toy --from-scratch --channels 8 | latents of [16, 8, 8]",
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
