@@ -1126,6 +1126,7 @@ STEPS = ("--full --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 16 --text
          "--height 32 --width 48 --clip 9 --window 6 --batch 4 --critic-ratio 1 --distill-steps 3 "
          "--ema-start 1 --student-lr 1e-3 --critic-lr 1e-3 --negative worst --weights w.pt "
          "--critic w.pt --teacher w.pt --wan . --prompts prompts --reward videoalign:.")
+TINY_TRAINED = replace(FULL, **given(STEPS, "--train"))
 
 
 def train(out, more=""):
@@ -1166,7 +1167,7 @@ def two_processes(tmp_path_factory):
     """The folder in which worker left its own."""
     folder = tmp_path_factory.mktemp("sharded")
     torch.manual_seed(0)
-    state = random_model(replace(FULL, **given(STEPS, "--train")), float32).state_dict()
+    state = random_model(TINY_TRAINED, float32).state_dict()
     torch.save(state, folder / "w.pt")
     (folder / "prompts").write_text("a\nred panda\nswims\n")
     line = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -1215,7 +1216,7 @@ def test_sharded_run_resumes_bitwise_and_on_one_process_to_rounding(one_process)
 def test_sharded_checkpoint_holds_whole_models_under_the_public_names(one_process):
     path = Path("whole/checkpoint.pt")
     state, start = torch.load(path), torch.load("w.pt")
-    model = VideoTransformer(replace(FULL, **given(STEPS, "--train")))
+    model = VideoTransformer(TINY_TRAINED)
     rf.load_weights(model, path)
     models = [state[name] for name in ("generator_ema", "generator", "critic")]
     assert same(model.state_dict(), models[0])
@@ -1331,7 +1332,6 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --sink -1 | sink=-1",
     "--toy --from-scratch --chunk 0 | chunk=0",
     "--toy --from-scratch --beta nan | beta=nan",
-    "--toy --from-scratch --guidance inf | guidance=inf",
     "--toy --from-scratch --dim 130 | heads=8 must split dim=130",
     "--toy --from-scratch --heads 32 | RoPE",
     "--toy --from-scratch --frames 10 | 9 or 12",
@@ -1343,7 +1343,6 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --tilt --shuffle | leave one out",
     "--toy --fp8 | --fp8 is not for --toy",
     "--bench --full --compile | --compile is not for --bench",
-    "--stream --prompt red --ablate | --ablate is not for --stream",
     "--stream --prompt red --vae . | for --full",
     "--toy --from-scratch --channels 8 | latents of [16, 8, 8]",
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
