@@ -1740,8 +1740,9 @@ def parse(argv):
     options = {name: given.pop(name) for name in vars(Options()) if name in given}
     command = given.pop("command")
     used = {"out", "full", *USES[command.__name__].split()}
-    check(used >= set(options), f"{', '.join(map(flag, set(options) - used))} is not for "
-          f"{flag(command.__name__)}, which takes {', '.join(map(flag, used))}: leave it out")
+    extra, takes = (", ".join(map(flag, sorted(x))) for x in (set(options) - used, used))
+    check(not extra, f"{extra} is not for {flag(command.__name__)}, which takes {takes}, and what "
+          "class Config has: leave it out")
     return command, Options(**options), given
 
 
