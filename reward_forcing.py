@@ -1212,6 +1212,7 @@ def ablate(run, frames):
     base = run.cfg
     run.out = run.out / "ablation"           # the students' own checkpoint
     run.out.mkdir(exist_ok=True)
+    rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
         key = f"{arm}, seed {seed}, {frames} frames"
         if key not in done:
@@ -1223,9 +1224,10 @@ def ablate(run, frames):
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
             write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1)))
+        rows.append(list(done[key].values()))
 
-    numbers = np.array([[list(done[f"{arm}, seed {seed}, {frames} frames"].values())
-                         for seed in SEEDS] for arm in ARMS])        # (arms, seeds, measures)
+    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))
+    numbers = numbers.swapaxes(0, 1)                                 # (arms, seeds, measures)
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[0])):
         errors = table.std(1, ddof=1) / len(SEEDS) ** 0.5
         for arm, *row in zip(ARMS, table.mean(1), errors):
@@ -1313,12 +1315,14 @@ class TinyVAE:
     def __init__(self, folder, dtype):
         sys.path.append(str(folder))
         from taehv import TAEHV, StreamingTAEHV
-        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
-        self.dtype, self.new_stream = dtype, functools.partial(StreamingTAEHV, model)
+        self.model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
+        self.dtype, self.stream = dtype, StreamingTAEHV
 
     def decode(self, latents, past):
         """As WanVAE.decode; past carries the library's own object, which remembers."""
-        decode = past.setdefault("stream", self.new_stream()).decode
+        if not past:                                                 # a stream's first chunk
+            past["stream"] = self.stream(self.model)
+        decode = past["stream"].decode
         frames = [decode(latents.to(self.dtype)), *iter(decode, None)]
         return to_bytes(2 * torch.cat(frames, 1).float() - 1)
 
