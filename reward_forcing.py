@@ -20,8 +20,9 @@ and attends, through a cache of keys and values, to the frames it made before. T
     python reward_forcing.py --full --bench                   # the speed of the 1.3B model
     torchrun --nproc-per-node 8 reward_forcing.py --full --train ...     # its training
 
-Read from top to bottom. "Config" to "Training stages" is the paper. What follows is the toy's
-world, the plumbing, and what the full size needs around the same classes.
+Read from top to bottom. "Config" to "Training stages" is the method; where it departs from the
+paper, it says so. What follows is the toy's world, the plumbing (how a batch is drawn is in class
+Run), and what the full size needs around the same classes.
 
     B batch      F frames      L frames per chunk     S sink frames
     W frames in the attention window: the sink, recent frames and the current chunk
@@ -29,7 +30,7 @@ world, the plumbing, and what the full size needs around the same classes.
 
 The time convention: sigma in [0, 1] is the noise level and 1 is pure noise.
     xt = (1 - sigma) x0 + sigma noise         the model predicts the velocity  v = noise - x0
-    x0 = xt - sigma v                         (add_noise and recover_x0 are all that know it)
+    x0 = xt - sigma v                         (functions add_noise and recover_x0)
 
 Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2 2405.14867,
 Wan2.1 2503.20314, Muon (K. Jordan, 2024).
@@ -69,7 +70,7 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------- Config
 @dataclass(frozen=True)
 class Config:
-    """Every number of the method. Every field is a flag: text_dim is --text-dim; ode, which is
+    """The numbers of the method. Every field is a flag: text_dim is --text-dim; ode, which is
     true or false, is --ode and --no-ode."""
     # the transformer
     dim: int = 96                   # width
@@ -87,14 +88,14 @@ class Config:
     time_stride: int = 1            # video frames per latent frame (the very first counts one)
     # the stream
     chunk: int = 3                  # L
-    sink: int = 3                   # S, 0 for none; 3 is one chunk, what the model once made whole
+    sink: int = 3                   # S, 0 for none; 3 = L: the first chunk, which was made at once
     window: int = 9                 # W
     alpha: float = 0.99             # what the sink keeps at an update; 1 is a static sink
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
     clip: int = 12                  # frames that are judged at once; above W: the sink is updated
-    causal_clip: int = 18           # frames per clip of the causal stage
+    causal_clip: int = 18           # frames per clip of the causal stage: its sink is updated more
     batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
@@ -434,32 +435,32 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
     were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
-    draw      draw(chunk, step) gives noise (B, L, C, h, w); None: fresh noise
+    draw      draw(index, step) gives noise (B, L, C, h, w) for a chunk; None: fresh noise
     chunks    how many; None: forever
     steps     denoising steps of every chunk, the first so many of cfg's; None: all
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
-    steer     steer(chunk) is asked before every chunk but the first for new text (B, T, text_dim)
+    steer     steer(index) is asked before every chunk but the first for new text (B, T, text_dim)
               that holds from this chunk on; None: no change
     reread    at such a change: the chunk before is remembered under the new text, not under its own
     """
-    def fresh(chunk, step):
+    def fresh(index, step):
         return torch.randn(len(text), cfg.chunk, *cfg.latent)
     draw = draw or fresh
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
-    for chunk in itertools.count() if chunks is None else range(chunks):
-        if chunk < len(start):
-            x0 = xt = start[chunk]
+    for index in itertools.count() if chunks is None else range(chunks):
+        if index < len(start):
+            x0 = xt = start[index]
         else:
-            xt = draw(chunk, 0)                                      # pure noise: sigma = 1
+            xt = draw(index, 0)                                      # pure noise: sigma = 1
             for step, sigma in enumerate(cfg.sigmas[:steps]):
                 sigma = sigma.expand(len(text))
                 if step > 0:
-                    xt = add_noise(x0, draw(chunk, step), sigma)
+                    xt = add_noise(x0, draw(index, step), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
-        if chunk + 1 != chunks:
-            own_kv, new_text = text_kv, steer and steer(chunk + 1)
+        if index + 1 != chunks:
+            own_kv, new_text = text_kv, steer and steer(index + 1)
             if new_text is not None:
                 text_kv = student.embed_text(new_text)
             remember(student, x0, text_kv if reread else own_kv, cache)
@@ -505,7 +506,7 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
 
 def guided_x0(teacher, xt, sigma, text, negative, guidance):
     """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told a negative
-    prompt (1, T, text_dim); no text is all zeros."""
+    prompt (1, T, text_dim); the toy's is empty, all zeros."""
     negative = negative.expand(len(text), -1, -1)
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
     uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
@@ -534,10 +535,11 @@ def regression_loss(x0, target, weight=1.0, norm=mean_square):
 class RewardWeight(nn.Module):
     """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
-    Divided by its running mean, over twenty batches or so, which is not in the paper: the size of a
-    step shall not depend on the general size of the rewards. By the mean of its own small batch a
-    great weight would mostly be divided by itself. There is one mean for all exit steps, so samples
-    that stop late, which are sharper and move more, still weigh more than those that stop early.
+    Divided by its running mean, which is not in the paper: the size of a step shall not depend on
+    the general size of the rewards. By the mean of its own small batch a great weight would mostly
+    be divided by itself. A batch counts a twentieth, so in the toy's 20 steps the first still has a
+    third of the say. There is one mean for all exit steps: batches that stop late, which are
+    sharper and move more, weigh more, as far as the clipping of gradients lets them.
     """
     def __init__(self, beta):
         super().__init__()
@@ -545,7 +547,7 @@ class RewardWeight(nn.Module):
         self.register_buffer("mean", torch.tensor(math.nan).double())
 
     def forward(self, reward):
-        weight = torch.exp(reward.double() / self.beta)              # float64: exp(-100) is not 0
+        weight = torch.exp(reward.double() / self.beta)              # float64: exp(-120) is not 0
         if self.mean.isnan():
             self.mean.copy_(weight.mean())
         self.mean.lerp_(weight.mean(), 0.05)
@@ -573,8 +575,8 @@ def train_teacher(run):
         text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
         loss.backward()
-        norm = update(teacher, optimizers, step / cfg.teacher_steps)
-        stage.end(step, loss=loss.item(), grad_norm=norm)
+        grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
+        stage.end(step, loss=loss.item(), grad_norm=grad_norm)
 
 
 @torch.no_grad()
@@ -647,8 +649,8 @@ def train_causal(run):
         else:
             noisy = add_noise(clean, noise, sigma)
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
-        norm = update(student, optimizers, step / cfg.causal_steps)
-        stage.end(step, loss=loss, grad_norm=norm)
+        grad_norm = update(student, optimizers, step / cfg.causal_steps)
+        stage.end(step, loss=loss, grad_norm=grad_norm)
 
 
 def train_student(run):
@@ -728,7 +730,7 @@ def train_student(run):
 
 
 # =============================================================================================
-# The paper ends here. What follows is the world of the toy, the plumbing, and the full size.
+# The method ends here. What follows is the world of the toy, the plumbing, and the full size.
 # =============================================================================================
 
 
@@ -752,7 +754,8 @@ class ToyWorld:
         self.prompts = list(dict.fromkeys(self.captions))
         self.words = sorted(set(" ".join(self.captions).split()))
         longest = max(cfg.clip, cfg.causal_clip)
-        check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim,
+        check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim
+              and cfg.time_stride == 1,
               f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
               f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest} and --text-dim "
               f"{cfg.text_dim}: change the flags or make another by tiny_data/make.py")
@@ -815,11 +818,6 @@ def agreement(centre):
 def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     _, area, centre = track(frames)
-    return steady_motion(area, centre)
-
-
-def steady_motion(area, centre):
-    """motion_reward of what was tracked already: area (B, F), centre (B, F, 2)."""
     areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
     steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
     return mean_each(agreement(centre) * steady ** 2)
@@ -865,7 +863,8 @@ def measure(chunk, video, captions, last=0):
              for caption in captions]
     overlaps = shape_overlaps(mask, area, centre)                            # (B, F, 3)
     quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
-    move = centre.diff(dim=1)
+    seen = area[..., None] > 0               # where nothing is, nothing has moved: NaN, left out
+    move = centre.where(seen, math.nan).diff(dim=1)
     pace = move.norm(dim=2)
     at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
@@ -878,14 +877,14 @@ def measure(chunk, video, captions, last=0):
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
-        "reward": steady_motion(area, centre),
+        "reward": motion_reward(frames),
         "lost": area == 0,
         "area": area.std(1) / area.mean(1).clamp_min(1e-6),
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
         "copy": (unit[:, -last:] @ unit[:, :chunk].mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
     }
-    return {name: round(number.float().mean().item(), 4) for name, number in numbers.items()}
+    return {name: round(number.float().nanmean().item(), 4) for name, number in numbers.items()}
 
 
 # ----------------------------------------------------------- Randomness, optimizers and checkpoint
@@ -951,9 +950,10 @@ def load_shipped(cfg):
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
-    A batch is computed in turns, to save memory, and by processes; in the toy in one, by one. All
-    draw the same random numbers, for the whole batch, and keep those of their own n samples. So any
-    number of turns and processes trains alike, and they all stop rollouts at the same step.
+    A batch is computed in several turns, to save memory, and by several processes; in the toy one
+    process does it in one turn. All draw the same random numbers, for the whole batch, and keep
+    those of their own n samples. So any number of turns and processes trains alike, and they all
+    stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
     whole = cut = join = complete = staticmethod(lambda x: x)        # see FullRun
@@ -1008,7 +1008,8 @@ class Run:
         return world.encode(cuts), text
 
     def draw_sigma(self):
-        """(n,) random noise levels. At 1 a noised sample would say nothing of the sample."""
+        """(n,) random noise levels. At 1 a noised sample would say nothing of the sample, near 0
+        there is nothing left to judge."""
         u = self.own(torch.rand(self.cfg.batch))
         return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
 
@@ -1052,7 +1053,7 @@ class Stage:
         """Log the numbers; now and then save. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
-                                     "smaller learning rate in another --out")
+                                     "smaller learning rate or a larger beta in another --out")
         run, state = self.run, self.run.state
         numbers = run.complete(numbers)
         self.bar.set_postfix(numbers, refresh=False)
@@ -1756,11 +1757,12 @@ def open_toy(args, given, dtype):
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
     check("generator_ema" in state, f"{args.out} holds no student yet: let --toy finish")
-    del state["config"]["data"]
+    checksum = state["config"].pop("data")
     cfg = Config(**state["config"] | given)
     student = VideoTransformer(cfg)
     student.load_state_dict(state["generator_ema"])
     world = ToyWorld(cfg, args.data)
+    check(world.checksum == checksum, f"{args.out} was trained in another world: give its --data")
     return student, world, world.text, cfg
 
 
@@ -1804,6 +1806,7 @@ def stream(args, given, dtype):
     script = {0: args.prompt}
     for frame, prompt in args.then:
         check(frame.isdigit(), f"--then {frame}: give a frame and a prompt")
+        check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     texts = dict(zip(script, encode([*script.values()]).split(1)))
     start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
@@ -1877,6 +1880,8 @@ def toy(args, given, dtype):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
     check(cfg.chunk > 1, "training needs --chunk 2 or more: its loss compares frames of a chunk")
+    check(not args.ablate or not {"beta", "tilt", "shuffle", "plain_norm"} & set(given),
+          "--ablate sets beta, tilt, shuffle and plain_norm itself: leave them out")
     cfg.chunks_in(args.frames)                                       # refused before it starts
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
@@ -1884,6 +1889,8 @@ def toy(args, given, dtype):
         if not cfg.ode:
             settled += "causal", "chunk", "denoise"
         early = [name for name in given if name.startswith(tuple(settled))]
+        if args.data.resolve() != Options.data.resolve():
+            early.append("data")
         check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
               "--from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
