@@ -757,8 +757,9 @@ class ToyWorld:
         check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim
               and cfg.time_stride == 1,
               f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
-              f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest} and --text-dim "
-              f"{cfg.text_dim}: change the flags or make another by tiny_data/make.py")
+              f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest}, --text-dim "
+              f"{cfg.text_dim} and --time-stride {cfg.time_stride}: change the flags or make another "
+              "by tiny_data/make.py")
         self.text(self.prompts)                                      # is one too long? refused now
 
     def text(self, captions):
