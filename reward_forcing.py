@@ -653,6 +653,20 @@ def train_causal(run):
         stage.end(step, loss=loss, grad_norm=grad_norm)
 
 
+def draw_samples(run, student, count):
+    """The student's clips x (n, F, C, h, w), all stopped at one denoising step; the noisy frames
+    they were predicted from; that step's sigma (n, F); their text; how many frames were folded.
+
+    In the paper the step is random. Here they take turns by count: each is trained as often."""
+    cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
+    steps = count % cfg.denoise_steps + 1
+    chunks = rollout(student, text, cfg, lambda index, step: run.draw_noise(cfg.chunk),
+                     cfg.clip // cfg.chunk, steps, cache)
+    x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
+    sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
+    return x, noisy, sigma, text, cache.updates
+
+
 def train_student(run):
     """Stage 3: Re-DMD on the student's own rollouts.
 
@@ -693,7 +707,7 @@ def train_student(run):
             critic_loss = 0.0
             for _ in run.each_turn("critic", step, critic_step):
                 count = step * cfg.critic_ratio + critic_step
-                x, _, _, text, _ = run.draw_samples(student, count)
+                x, _, _, text, _ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
                 text_kv = critic.embed_text(text)
@@ -702,7 +716,7 @@ def train_student(run):
                 critic_loss += loss.item()
             update(critic, critic_optimizers, progress)
 
-        samples = [run.draw_samples(student, step) for _ in run.each_turn("student", step)]
+        samples = [draw_samples(run, student, step) for _ in run.each_turn("student", step)]
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
@@ -758,8 +772,8 @@ class ToyWorld:
               and cfg.time_stride == 1,
               f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
               f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest}, --text-dim "
-              f"{cfg.text_dim} and --time-stride {cfg.time_stride}: change the flags or make another "
-              "by tiny_data/make.py")
+              f"{cfg.text_dim} and --time-stride {cfg.time_stride}: change the flags or make "
+              "another by tiny_data/make.py")
         self.text(self.prompts)                                      # is one too long? refused now
 
     def text(self, captions):
@@ -1018,21 +1032,11 @@ class Run:
         """(n, F, C, h, w)"""
         return self.own(torch.randn(self.cfg.batch, frames, *self.cfg.latent))
 
-    def draw_samples(self, student, count):
-        """The student's clips x (n, F, C, h, w), all stopped at one step; the noisy frames
-        they were predicted from; that step's sigma (n, F); their text; how many frames were folded.
-
-        In the paper the step is random. Here they take turns by count: each is trained as often."""
-        cfg, prompts = self.cfg, self.world.prompts
-        picked = self.own(torch.randint(len(prompts), (cfg.batch,)))
-        text = self.world.text([prompts[i] for i in picked])
-        steps = count % cfg.denoise_steps + 1
-        cache = EMASinkCache(cfg)
-        chunks = rollout(student, text, cfg, lambda chunk, step: self.draw_noise(cfg.chunk),
-                         cfg.clip // cfg.chunk, steps, cache)
-        x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
-        sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-        return x, noisy, sigma, text, cache.updates
+    def draw_prompts(self):
+        """The text of n random prompts."""
+        prompts = self.world.prompts
+        picked = self.own(torch.randint(len(prompts), (self.cfg.batch,)))
+        return self.world.text([prompts[i] for i in picked])
 
 
 class Stage:
