@@ -1761,7 +1761,9 @@ def open_toy(args, given, dtype):
     check(set(given) <= {"alpha", "sink", "window", "seed"},
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
-    check("generator_ema" in state, f"{args.out} holds no student yet: let --toy finish")
+    trained = state["stages"].get("student", {"step": 0})["step"]
+    check(trained == state["config"]["distill_steps"],
+          f"{args.out} holds no student that is trained to the end: let --toy go on")
     checksum = state["config"].pop("data")
     cfg = Config(**state["config"] | given)
     student = VideoTransformer(cfg)

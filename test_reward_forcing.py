@@ -641,10 +641,9 @@ def test_samples_stop_at_every_step_and_follow_from_their_noisy_frames():
 
 
 # -------------------------------------------------------------------------- The toy's world
-def test_world_is_what_its_script_draws_and_small():
+def test_world_is_what_its_script_draws():
     python(HERE / "tiny_data/make.py", "w.npz")
     ours, drawn = np.load(WORLD), np.load("w.npz")
-    assert WORLD.stat().st_size < 2e6
     assert np.array_equal(ours["captions"], drawn["captions"])
     for name in set(ours) - {"captions"}:                            # of the VAE only to rounding
         assert np.allclose(ours[name], drawn[name], rtol=0, atol=1e-4)
@@ -739,7 +738,9 @@ def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(monkeypatch):
     line = f"--toy {TINY} --batch 2 --teacher-steps 40 --out"
     assert main(line + " whole") == 0
     monkeypatch.setattr(rf.Stage, "end", killed)
-    assert [main(line + " resumed") for _ in range(4)] == [130, 130, 130, 0]
+    assert [main(line + " resumed") for _ in range(3)] == [130] * 3
+    assert main("--stream --prompt red --out resumed") == 2          # its student is half trained
+    assert main(line + " resumed") == 0
     for name in ("metrics.json", "log.jsonl"):
         assert Path("whole", name).read_text() == Path("resumed", name).read_text()
     assert same(torch.load("whole/checkpoint.pt"), torch.load("resumed/checkpoint.pt"))
@@ -1350,7 +1351,6 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--dry-run --full --tilt | --tilt",
-    "--toy --from-scratch --text-dim 4 | 8 words",
     "--toy --from-scratch --full | --toy without it",
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --data README.md | README.md",
