@@ -95,7 +95,7 @@ class Config:
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
     clip: int = 12                  # frames that are judged at once; above W: the sink is updated
-    causal_clip: int = 18           # frames per clip of the causal stage: its sink is updated more
+    causal_clip: int = 48           # frames per clip of the causal stage: long, its sink grows old
     batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
@@ -107,7 +107,7 @@ class Config:
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
     distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
-    student_lr: float = 0.003
+    student_lr: float = 0.0045
     critic_lr: float = 0.01
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
@@ -349,7 +349,7 @@ class VideoTransformer(nn.Module):
         rope = rope_table(self.cfg, cache.frames, x.shape[1], x.device)
         nothing = text_kv[0][0][:, :0]                                       # (B, 0, H, D)
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
-        h = h.flatten(3).permute(0, 2, 3, 1)                                 # (B, F, N, dim)
+        h = h.flatten(3).permute(0, 2, 3, 1).contiguous()                    # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
             context = cache.context[layer] if cache.context else (nothing, nothing)
             h, kv = block(h, emb6, text_kv[layer], rope, context)
@@ -899,7 +899,7 @@ def measure(chunk, video, captions, last=0):
         "seam": pace[:, at_seam],
         "reward": steady_motion(area, centre),
         "lost": area == 0,
-        "area": area.std(1) / area.mean(1).clamp_min(1e-6),
+        "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
         "copy": (unit[:, -last:] @ unit[:, :chunk].mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
@@ -1141,6 +1141,7 @@ def write_webp(file, pictures):
         frame = shown + still.getvalue()[12:]                        # without a RIFF of its own
         file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
     size = file.tell() - 8
+    check(size < 1 << 32, f"{file.name} has the 4 GiB that a WebP may have: it plays, to here")
     file.seek(4)
     file.write(size.to_bytes(4, "little"))
     file.seek(0, 2)                                                  # to its end
@@ -1324,9 +1325,10 @@ class TinyVAE:
     """TAEHV (O. Boer Bohan), near Wan2.1's VAE at a small part of its cost, by its own code: folder
     is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
     def __init__(self, folder, dtype):
-        sys.path.append(str(folder))
-        from taehv import TAEHV, StreamingTAEHV
-        self.model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
+        with using(folder, "--vae needs a clone of github.com/madebyollin/taehv"):
+            sys.path.append(str(folder))
+            from taehv import TAEHV, StreamingTAEHV
+            self.model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
         self.dtype, self.stream = dtype, StreamingTAEHV
 
     def decode(self, latents, past):
@@ -1585,7 +1587,7 @@ def step_flops(cfg, teacher):
 def dry_run(args, given, dtype, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
     cfg = replace(PRESETS["full"], **given)
-    check(not cfg.tilt, "--tilt is for the toy: leave it out")
+    check(not cfg.tilt and args.micro > 0, "--tilt is for the toy, and --micro is 1 or more")
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
@@ -1704,7 +1706,8 @@ def check_multiple(name, value, unit, missing=0):
 
 PRESETS = {
     "toy": Config(),
-    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800,
+                      causal_clip=18, student_lr=0.003),
     "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
         dim=1536, ffn_dim=8960, heads=12, layers=30,
         freq_dim=256, rope_base=10000.0,
@@ -1797,8 +1800,10 @@ def open_full(args, given, dtype):
 def open_clip(path, cfg):
     """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
     uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
-    frames = [ImageOps.fit(picture.convert("RGB"), (cfg.width, cfg.height))
-              for picture in ImageSequence.Iterator(Image.open(path))]
+    frames = []
+    for picture in ImageSequence.Iterator(Image.open(path)):
+        upright = ImageOps.exif_transpose(picture)                   # as a phone held it
+        frames.append(ImageOps.fit(upright.convert("RGB"), (cfg.width, cfg.height)))
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames))
@@ -1822,6 +1827,7 @@ def stream(args, given, dtype):
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     texts = dict(zip(script, encode([*script.values()]).split(1)))
     start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
+    check(len(start) < cfg.chunks_in(args.frames), "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
     if args.compile:
@@ -1835,10 +1841,11 @@ def stream(args, given, dtype):
 
     def steer(chunk):
         bar.desc = script.get(chunk, bar.desc)
-        if args.live and select.select([sys.stdin], [], [], 0)[0]:   # a line was entered
-            bar.desc = sys.stdin.readline().strip() or bar.desc
+        entered = args.live and select.select([sys.stdin], [], [], 0)[0]
+        if entered and (line := sys.stdin.readline().strip()):
+            bar.desc = line
             try:
-                return encode([bar.desc])
+                return encode([line])
             except BadInput as error:
                 bar.desc = str(error)
         return texts.get(chunk)
@@ -1865,8 +1872,8 @@ def bench(args, given, dtype):
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
-    rungs = "eager", "compiled", "VAE compiled", "attention", "fp8", "tiny VAE"
-    for rung in rungs[:5 + bool(args.vae)]:
+    tiny = ["tiny VAE"] if args.vae else []
+    for rung in "eager", "compiled", "VAE compiled", "attention", *tiny, "fp8":
         if rung == "compiled":
             compile_student(student)
         elif rung == "VAE compiled":
@@ -1891,10 +1898,11 @@ def bench(args, given, dtype):
 def toy(args, given, dtype):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
-    check(cfg.chunk > 1, "training needs --chunk 2 or more: its loss compares frames of a chunk")
     check(not args.ablate or not {"beta", "tilt", "shuffle", "plain_norm"} & set(given),
           "--ablate sets beta, tilt, shuffle and plain_norm itself: leave them out")
     cfg.chunks_in(args.frames)                                       # refused before it starts
+    check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
+          "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
         settled = ["teacher", "heads", "rope", "drop", "sigma_shift", "text_len"]

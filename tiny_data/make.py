@@ -1,7 +1,8 @@
 """Draws the toy's world: 12 captions x 10 clips of one coloured shape that moves and bounces on a dark ground.
 
     python tiny_data/make.py [world.npz]                    # seconds; the same every time
-    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.npz (needs torch)
+    python tiny_data/make.py pack big/checkpoint.pt         # trained stages into shipped.npz (needs torch)
+    python tiny_data/make.py causal                         # its causal student, from its teacher (needs torch)
 
 It holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
 VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 x 4 and latents. What things are for:
@@ -13,11 +14,12 @@ VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 
 
 For a world of your own write the same arrays (speed and size are for the tests only) and pass the file as --data.
 
-shipped.npz holds the teacher and the causal student, trained with one thread of an AMD EPYC, torch 2.13, seed 0, by
+shipped.npz holds the teacher and the causal student, trained with one thread of an AMD EPYC, torch 2.13, seed 0: the
+teacher by
     python reward_forcing.py --toy --from-scratch --dim 96 --heads 6 --layers 12 --batch 16 --teacher-steps 5000 --out big
-in 66 minutes with other work beside it (55 alone; the teacher's stage only), and by the second stage of
-    python reward_forcing.py --toy --alpha 0.9 --out out
-from that teacher in float16, before shipped.npz held a causal student: 23 minutes.
+(its stage only) in 66 minutes with other work beside it, 55 alone; then the causal student, from that teacher in int8, by
+    OMP_NUM_THREADS=1 python tiny_data/make.py causal
+in 38 minutes with other work beside it: whole clips of 48 frames and alpha = .9, so that the sink grows old in training.
 """
 import math
 import random
@@ -114,10 +116,11 @@ def main(path):
 
 
 def pack(*checkpoints):
-    """The stages in these checkpoints as shipped.npz: of each all parameters in a row, as int8, and the scale that each
-    parameter's numbers are multiples of, a 127th of the largest."""
+    """Add the stages in these checkpoints to shipped.npz: of each all parameters in a row, as int8, and the scale that
+    each parameter's numbers are multiples of, a 127th of the largest."""
     import torch
-    arrays = {}
+    path = Path(__file__).parent / "shipped.npz"
+    arrays = dict(np.load(path)) if path.exists() else {}
     for checkpoint in checkpoints:
         stages = torch.load(checkpoint, weights_only=True)["stages"]
         for stage in {"teacher", "causal"} & stages.keys():
@@ -126,11 +129,27 @@ def pack(*checkpoints):
             rows = [np.round(weight / scale) for weight, scale in zip(weights, scales)]
             arrays[stage] = np.concatenate(rows).astype(np.int8)
             arrays[stage + " scale"] = np.array(scales, np.float32)
-    np.savez_compressed(Path(__file__).parent / "shipped.npz", **arrays)
+    np.savez_compressed(path, **arrays)
+
+
+def causal(out=Path("causal")):
+    """Train the causal student from the shipped teacher, in the folder out (a killed run goes on), and pack it."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import reward_forcing as rf
+    cfg = rf.Config(alpha=0.9, causal_clip=48)
+    out.mkdir(exist_ok=True)
+    run = rf.Run(cfg, out, rf.ToyWorld(cfg, rf.Options.data))
+    run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
+    rf.train_causal(run)
+    stages = {"causal": run.state["stages"]["causal"]}               # the teacher stays as it is
+    rf.torch.save({"stages": stages}, out / "causal.pt")
+    pack(out / "causal.pt")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["pack"]:
         pack(*sys.argv[2:])
+    elif sys.argv[1:2] == ["causal"]:
+        causal()
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "world.npz")
