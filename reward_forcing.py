@@ -107,7 +107,7 @@ class Config:
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
     distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
-    student_lr: float = 0.0045
+    student_lr: float = 0.003
     critic_lr: float = 0.01
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
@@ -1707,7 +1707,7 @@ def check_multiple(name, value, unit, missing=0):
 PRESETS = {
     "toy": Config(),
     "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800,
-                      causal_clip=18, student_lr=0.003),
+                      causal_clip=18),
     "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
         dim=1536, ffn_dim=8960, heads=12, layers=30,
         freq_dim=256, rope_base=10000.0,
