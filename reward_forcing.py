@@ -438,6 +438,7 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
     draw      draw(index, step) gives noise (B, L, C, h, w) for a chunk; None: fresh noise
     chunks    how many; None: forever
     steps     denoising steps of every chunk, the first so many of cfg's; None: all
+    cache     what was made before; None: nothing. The last of so many chunks is not added to it
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
     steer     steer(index) is asked before every chunk but the first for new text (B, T, text_dim)
               that holds from this chunk on; None: no change
