@@ -95,7 +95,7 @@ class Config:
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
     clip: int = 12                  # frames that are judged at once; above W: the sink is updated
-    causal_clip: int = 48           # frames per clip of the causal stage: long, its sink grows old
+    causal_clip: int = 18           # frames per clip of the causal stage: its sink is updated more
     batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
@@ -1707,8 +1707,7 @@ def check_multiple(name, value, unit, missing=0):
 
 PRESETS = {
     "toy": Config(),
-    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800,
-                      causal_clip=18),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800),
     "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
         dim=1536, ffn_dim=8960, heads=12, layers=30,
         freq_dim=256, rope_base=10000.0,

@@ -2,7 +2,7 @@
 
     python tiny_data/make.py [world.npz]                    # seconds; the same every time
     python tiny_data/make.py pack big/checkpoint.pt         # trained stages into shipped.npz (needs torch)
-    python tiny_data/make.py causal                         # its causal student, from its teacher (needs torch)
+    python tiny_data/make.py causal 48                      # another causal student into it, trained in clips of 48 frames
 
 It holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
 VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 x 4 and latents. What things are for:
@@ -17,9 +17,10 @@ For a world of your own write the same arrays (speed and size are for the tests 
 shipped.npz holds the teacher and the causal student, trained with one thread of an AMD EPYC, torch 2.13, seed 0: the
 teacher by
     python reward_forcing.py --toy --from-scratch --dim 96 --heads 6 --layers 12 --batch 16 --teacher-steps 5000 --out big
-(its stage only) in 66 minutes with other work beside it, 55 alone; then the causal student, from that teacher in int8, by
-    OMP_NUM_THREADS=1 python tiny_data/make.py causal
-in 38 minutes with other work beside it: whole clips of 48 frames and alpha = .9, so that the sink grows old in training.
+(its stage only) in 66 minutes with other work beside it, 55 alone; the causal student from it, in float16, before
+shipped.npz held one, by what is now
+    OMP_NUM_THREADS=1 python tiny_data/make.py causal 18
+in 23 minutes. With 48 instead of 18, and the teacher in int8, it takes 38: see "Forever?" in the README.
 """
 import math
 import random
@@ -132,11 +133,11 @@ def pack(*checkpoints):
     np.savez_compressed(path, **arrays)
 
 
-def causal(out=Path("causal")):
-    """Train the causal student from the shipped teacher, in the folder out (a killed run goes on), and pack it."""
+def causal(clip):
+    """Train a causal student from the shipped teacher, in the folder causal (a killed run goes on), and pack it."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import reward_forcing as rf
-    cfg = rf.Config(alpha=0.9, causal_clip=48)
+    cfg, out = rf.Config(alpha=0.9, causal_clip=clip), Path("causal")
     out.mkdir(exist_ok=True)
     run = rf.Run(cfg, out, rf.ToyWorld(cfg, rf.Options.data))
     run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
@@ -150,6 +151,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["pack"]:
         pack(*sys.argv[2:])
     elif sys.argv[1:2] == ["causal"]:
-        causal()
+        causal(int(sys.argv[2]))
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "world.npz")
