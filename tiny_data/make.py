@@ -134,11 +134,11 @@ def pack(*checkpoints):
 
 
 def causal(clip):
-    """Train a causal student from the shipped teacher, in the folder causal (a killed run goes on), and pack it."""
+    """Train a causal student from the shipped teacher, in out/causal (a killed run goes on), and pack it."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import reward_forcing as rf
-    cfg, out = rf.Config(alpha=0.9, causal_clip=clip), Path("causal")
-    out.mkdir(exist_ok=True)
+    cfg, out = rf.Config(alpha=0.9, causal_clip=clip), Path("out/causal")
+    out.mkdir(parents=True, exist_ok=True)
     run = rf.Run(cfg, out, rf.ToyWorld(cfg, rf.Options.data))
     run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
     rf.train_causal(run)
