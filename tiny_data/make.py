@@ -1,8 +1,8 @@
 """Draws the toy's world: 12 captions x 10 clips of one coloured shape that moves and bounces on a dark ground.
 
     python tiny_data/make.py [world.npz]                    # seconds; the same every time
-    python tiny_data/make.py pack big/checkpoint.pt         # trained stages into shipped.npz (needs torch)
-    python tiny_data/make.py causal 48                      # another causal student into it, trained in clips of 48 frames
+    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.npz (needs torch)
+    python tiny_data/make.py causal 48                      # there, a causal student trained in clips of 48 frames
 
 It holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
 VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 x 4 and latents. What things are for:
@@ -117,11 +117,10 @@ def main(path):
 
 
 def pack(*checkpoints):
-    """Add the stages in these checkpoints to shipped.npz: of each all parameters in a row, as int8, and the scale that
-    each parameter's numbers are multiples of, a 127th of the largest."""
+    """The stages in these checkpoints as shipped.npz: of each all parameters in a row, as int8, and the scale that each
+    parameter's numbers are multiples of, a 127th of the largest."""
     import torch
-    path = Path(__file__).parent / "shipped.npz"
-    arrays = dict(np.load(path)) if path.exists() else {}
+    arrays = {}
     for checkpoint in checkpoints:
         stages = torch.load(checkpoint, weights_only=True)["stages"]
         for stage in {"teacher", "causal"} & stages.keys():
@@ -130,11 +129,11 @@ def pack(*checkpoints):
             rows = [np.round(weight / scale) for weight, scale in zip(weights, scales)]
             arrays[stage] = np.concatenate(rows).astype(np.int8)
             arrays[stage + " scale"] = np.array(scales, np.float32)
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(Path(__file__).parent / "shipped.npz", **arrays)
 
 
 def causal(clip):
-    """Train a causal student from the shipped teacher, in out/causal (a killed run goes on), and pack it."""
+    """Train a causal student from the shipped teacher, in out/causal (a killed run goes on), and pack both."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import reward_forcing as rf
     cfg, out = rf.Config(alpha=0.9, causal_clip=clip), Path("out/causal")
@@ -142,9 +141,7 @@ def causal(clip):
     run = rf.Run(cfg, out, rf.ToyWorld(cfg, rf.Options.data))
     run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
     rf.train_causal(run)
-    stages = {"causal": run.state["stages"]["causal"]}               # the teacher stays as it is
-    rf.torch.save({"stages": stages}, out / "causal.pt")
-    pack(out / "causal.pt")
+    pack(out / "checkpoint.pt")                                     # the teacher stays as it is, bit for bit
 
 
 if __name__ == "__main__":
