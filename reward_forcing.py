@@ -1928,7 +1928,7 @@ def main(argv=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
-        torch.set_default_device(device)
+            torch.set_default_device(device)                         # costs time with every call
         dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
         check(command is stream or args.full == (command is not toy),

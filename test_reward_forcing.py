@@ -735,7 +735,7 @@ def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(monkeypatch):
             kills.pop()
             raise KeyboardInterrupt
         end(stage, step, **numbers)
-    line = f"--toy {TINY} --batch 2 --teacher-steps 40 --out"
+    line = f"--toy {TINY} --batch 2 --clip 6 --causal-clip 6 --teacher-steps 40 --out"
     assert main(line + " whole") == 0
     monkeypatch.setattr(rf.Stage, "end", killed)
     assert [main(line + " resumed") for _ in range(3)] == [130] * 3
