@@ -894,7 +894,7 @@ def measure(chunk, video, captions, last=0):
     unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
     numbers = {
         "shape": (quality == overlaps.amax(2)) & (area > 0),
-        "agree": agreement(centre),
+        "agree": agreement(centre) * seen.unfold(1, 3, 1).all(3)[:, :, 0],
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
@@ -1800,10 +1800,12 @@ def open_full(args, given, dtype):
 def open_clip(path, cfg):
     """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
     uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
-    frames = []
-    for picture in ImageSequence.Iterator(Image.open(path)):
+    frames, image = [], Image.open(path)
+    for picture in ImageSequence.Iterator(image):
         upright = ImageOps.exif_transpose(picture)                   # as a phone held it
         frames.append(ImageOps.fit(upright.convert("RGB"), (cfg.width, cfg.height)))
+        if image.format == "MPO":                                    # a phone's, and its previews
+            break
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames))
@@ -1813,7 +1815,8 @@ def open_clip(path, cfg):
 def stream(args, given, dtype):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
     check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
-    check(args.full or not args.vae, "--vae is for --full: leave it out")
+    check(args.full or not (args.vae or args.weights or args.wan),
+          "--vae, --weights and --wan are for --full: leave them out")
     check(not args.full or args.weights and args.wan and args.wan.is_dir(),
           "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
@@ -1822,7 +1825,7 @@ def stream(args, given, dtype):
     cfg.chunks_in(args.frames)                                       # refused before it starts
     script = {0: args.prompt}
     for frame, prompt in args.then:
-        check(frame.isdigit(), f"--then {frame}: give a frame and a prompt")
+        check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
         check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     texts = dict(zip(script, encode([*script.values()]).split(1)))

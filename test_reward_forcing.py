@@ -702,7 +702,7 @@ def test_measures_tell_frozen_gliding_jumping_and_empty_clips_apart():
     grows = measured(8 + TIME, 4 + 0.3 * TIME)                       # by half in the sixth frame
     assert glide["holds"] == 12 > 7 > grows["holds"] > 3 and empty["lost"] == 1 > grows["lost"] == 0
     blinks = measured(8 + TIME, 5 * (TIME != 6))                     # a lost object has not jumped
-    assert blinks["jitter"] == 0 < blinks["lost"]
+    assert blinks["jitter"] == 0 < blinks["lost"] and blinks["agree"] == 0.7
 
 
 # --------------------------------------------------------- Optimizers, checkpoint and ablation
@@ -1327,11 +1327,9 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --alpha 1.5 | at most 1",
     "--toy --from-scratch --clip 10 | clip=10 does not fit, it goes in steps of 3: try 9 or 12",
     "--toy --from-scratch --height 24 | latents of [16, 8, 8]",
-    "--toy --from-scratch --height 20 | try 16 or 24",
     "--toy --from-scratch --time-stride 2 --frames 239 | --time-stride",
     "--stream --full --prompt red --width 840 --weights x --wan . | try 832 or 848",
     "--toy --from-scratch --window 5 | --window 9",
-    "--toy --from-scratch --sink 7 | --window 13",
     "--toy --from-scratch --chunk 0 | chunk=0",
     "--toy --from-scratch --beta nan | beta=nan",
     "--toy --from-scratch --dim 130 | heads=8 must split dim=130",
@@ -1341,12 +1339,11 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --frames -3 | frames=-3",
     "--toy --from-scratch --layers 2 | 'layers': 2",
     "--toy --layers 2 --out new | add --from-scratch",
-    "--toy --causal-lr 1 --out new | add --from-scratch",
     "--toy --data {}/../other.npz --out new | add --from-scratch",
     "--toy --tilt --shuffle | leave one out",
     "--toy --from-scratch --ablate --beta 1 | leave them out",
     "--bench --full --compile | --compile is not for --bench",
-    "--stream --prompt red --vae . | for --full",
+    "--stream --prompt red --weights x | for --full",
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
@@ -1355,7 +1352,6 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --full | --toy without it",
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
-    "--toy --from-scratch --freq-dim 65 | try 64 or 66",
     "--train --full | torchrun",
     "--stream | --prompt",
     "--stream --prompt pink | yellow",
