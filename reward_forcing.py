@@ -868,7 +868,7 @@ def measure(chunk, video, captions, last=0):
     its last frames (0: all): means over the B clips.
 
     shape   fraction of frames whose object is most like the captioned shape
-    agree   px per frame of motion on which neighbouring steps agree: see agreement
+    agree   px per frame of motion on which neighbouring steps agree: see agreement; lost: none
     jitter  px by which neighbouring steps differ
     inside  px per frame within a chunk;      seam   px from one chunk to the next
     reward  motion_reward;                    lost   fraction of frames without an object
@@ -894,7 +894,7 @@ def measure(chunk, video, captions, last=0):
     unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
     numbers = {
         "shape": (quality == overlaps.amax(2)) & (area > 0),
-        "agree": agreement(centre) * seen.unfold(1, 3, 1).all(3)[:, :, 0],
+        "agree": agreement(centre) * (area.unfold(1, 3, 1).amin(2) > 0),
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
