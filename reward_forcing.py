@@ -810,7 +810,8 @@ def to_bytes(pixels):
 
 def track(frames):
     """The one bright object in frames (B, F, 3, height, width) uint8: its mask (B, F, height,
-    width) in [0, 1], its area (B, F) and its centre (B, F, 2), x and y in px. No object: area 0."""
+    width) in [0, 1], its area (B, F) and its centre (B, F, 2), x and y in px. Where there is no
+    object the area is 0 and the centre NaN."""
     pixels = frames / 255
     ground = pixels.flatten(3).median(3).values[..., None, None]
     distance = (pixels - ground).norm(dim=2)             # of colours, at most 3 ** 0.5
@@ -820,15 +821,16 @@ def track(frames):
     y = torch.arange(mask.shape[2]) + 0.5
     moment = torch.stack([mask.sum(2) @ x, mask.sum(3) @ y], 2)
     area = mask.sum((2, 3))
-    return mask, area, moment / area[..., None].clamp_min(1e-6)
+    return mask, area, moment / area[..., None]
 
 
 def agreement(centre):
     """(B, F-2): motion in px per frame on which two neighbouring steps a, b of the centre agree,
-    min(|a|, |b|) max(0, cos(a, b)). Trembling, and a jump after standing still, count nothing."""
+    min(|a|, |b|) max(0, cos(a, b)). Trembling, and a jump after standing still, count nothing; nor
+    does an object that stands still (0 / 0) or is lost (NaN)."""
     steps = centre.diff(dim=1).unfold(1, 2, 1)                               # (B, F-2, x y, a b)
-    longer = steps.norm(dim=2).amax(2)
-    return steps.prod(3).sum(2).clamp_min(0) / longer.clamp_min(1e-6)
+    product = steps.prod(3).sum(2).clamp_min(0)                              # |a| |b| max(0, cos)
+    return (product / steps.norm(dim=2).amax(2)).nan_to_num()
 
 
 def motion_reward(frames):
@@ -846,7 +848,7 @@ def steady_motion(area, centre):
 
 def shape_overlaps(mask, area, centre):
     """(B, F, 3): intersection over union of each mask with a circle, a square and a triangle of its
-    own area and centre."""
+    own area and centre; NaN where there is no object."""
     dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
     dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
     shapes = [                                   # the size of a shape that reaches a pixel; its
@@ -858,7 +860,7 @@ def shape_overlaps(mask, area, centre):
     for reach, unit in shapes:
         size = (area / unit).sqrt()[..., None, None]
         drawn = (size - reach + 0.5).clamp(0, 1)                             # (B, F, height, width)
-        either = torch.maximum(drawn, mask).sum((2, 3)).clamp_min(1e-6)
+        either = torch.maximum(drawn, mask).sum((2, 3))
         overlaps.append(torch.minimum(drawn, mask).sum((2, 3)) / either)
     return torch.stack(overlaps, 2)
 
@@ -884,17 +886,16 @@ def measure(chunk, video, captions, last=0):
              for caption in captions]
     overlaps = shape_overlaps(mask, area, centre)                            # (B, F, 3)
     quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
-    seen = area[..., None] > 0               # where nothing is, nothing has moved: NaN, left out
-    move = centre.where(seen, math.nan).diff(dim=1)
+    move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
     at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
-    segments = quality.unfold(1, segment, segment).mean(2)
+    segments = quality.nan_to_num().unfold(1, segment, segment).mean(2)
     pixels = video.flatten(2).float()
     unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
     numbers = {
-        "shape": (quality == overlaps.amax(2)) & (area > 0),
-        "agree": agreement(centre) * (area.unfold(1, 3, 1).amin(2) > 0),
+        "shape": quality == overlaps.amax(2),                        # NaN equals nothing
+        "agree": agreement(centre),
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
@@ -905,6 +906,7 @@ def measure(chunk, video, captions, last=0):
         "copy": (unit[:, -last:] @ unit[:, :chunk].mT).amax(2),
         "drift": 100 * segments.std(1, correction=0),
     }
+    # what is NaN is left out
     return {name: round(number.float().nanmean().item(), 4) for name, number in numbers.items()}
 
 
