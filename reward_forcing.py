@@ -557,15 +557,14 @@ class RewardWeight(nn.Module):
 
 # ----------------------------------------------------------------------------- Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
-# made; its draw_... functions are where data and noise come from. A Stage goes on from where a
-# killed run stopped: stage.bar counts the steps that are left, stage.end logs and saves.
+# made; its draw_... functions are where data and noise come from. run.stage counts the steps
+# that a stage has left, also where a killed run stopped; run.end_step logs and saves.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
     teacher = run.model()
     optimizers = make_optimizers(teacher, cfg.teacher_lr)
-    stage = Stage(run, "teacher", cfg.teacher_steps, teacher, *optimizers)
-    for step in stage.bar:
+    for step in run.stage("teacher", cfg.teacher_steps, teacher, *optimizers):
         set_seed(cfg.seed, "teacher", step)
         x0, text = run.draw_clips(cfg.clip)                                  # (B, F, C, h, w)
         # In every other clip each frame has its own level: a cleaner neighbour teaches where a
@@ -577,7 +576,7 @@ def train_teacher(run):
         loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
         loss.backward()
         grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
-        stage.end(step, loss=loss.item(), grad_norm=grad_norm)
+        run.end_step(step, loss=loss.item(), grad_norm=grad_norm)
 
 
 @torch.no_grad()
@@ -635,8 +634,7 @@ def train_causal(run):
     student = run.model("teacher")
     teacher = run.model("teacher") if cfg.ode else None
     optimizers = make_optimizers(student, cfg.causal_lr)
-    stage = Stage(run, "causal", cfg.causal_steps, student, *optimizers)
-    for step in stage.bar:
+    for step in run.stage("causal", cfg.causal_steps, student, *optimizers):
         set_seed(cfg.seed, "start", step)    # not "causal": shipped.npz was trained by this word
         clean, text = run.draw_clips(cfg.clip if cfg.ode else cfg.causal_clip, mirror=True)
         frames = torch.arange(clean.shape[1])                                # (F,)
@@ -651,7 +649,7 @@ def train_causal(run):
             noisy = add_noise(clean, noise, sigma)
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
         grad_norm = update(student, optimizers, step / cfg.causal_steps)
-        stage.end(step, loss=loss, grad_norm=grad_norm)
+        run.end_step(step, loss=loss, grad_norm=grad_norm)
 
 
 def draw_samples(run, student, count):
@@ -699,10 +697,9 @@ def train_student(run):
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     negative = run.world.text([run.negative])
-    stage = Stage(run, "student", cfg.distill_steps, average, student, critic, weigh,
-                  *student_optimizers, *critic_optimizers)
+    parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
-    for step in stage.bar:
+    for step in run.stage("student", cfg.distill_steps, *parts):
         progress = step / cfg.distill_steps
         for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
@@ -737,11 +734,11 @@ def train_student(run):
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - keep)
-        stage.end(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
-                  reward=reward.mean().item(), gap=gap,
-                  weight_min=weight.min().item(), weight_max=weight.max().item(),
-                  effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
-                  sink_updates=updates)
+        run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
+                     reward=reward.mean().item(), gap=gap,
+                     weight_min=weight.min().item(), weight_max=weight.max().item(),
+                     effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
+                     sink_updates=updates)
 
 
 # =============================================================================================
@@ -949,7 +946,7 @@ def load_checkpoint(path):
 
 
 def load_shipped(cfg):
-    """{stage: as Stage.end saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
+    """{stage: as end_step saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
     student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
     stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
     file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
@@ -980,7 +977,7 @@ class Run:
     def __init__(self, cfg, out, world):
         self.cfg, self.out, self.world = cfg, out, world
         config = asdict(cfg) | {"data": world.checksum}
-        self.state = {"config": config, "log": [], "stages": {}}     # stages: see Stage.end
+        self.state = {"config": config, "log": [], "stages": {}}     # stages: see end_step
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
             differ = dict(config.items() - self.state["config"].items())
@@ -1041,39 +1038,38 @@ class Run:
         picked = self.own(torch.randint(len(prompts), (self.cfg.batch,)))
         return self.world.text([prompts[i] for i in picked])
 
+    def stage(self, name, steps, *parts):
+        """Count the steps that are left of a stage of training, with a bar. It is taken up where a
+        killed run stopped.
 
-class Stage:
-    """One stage of training, taken up where a killed run stopped.
-
-    parts are all that the stage changes: first the model that is its result, then other models,
-    then optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
-    ends with the same numbers, bit for bit on a CPU.
-    """
-    def __init__(self, run, name, steps, *parts):
-        self.run, self.name, self.steps, self.parts = run, name, steps, parts
-        saved = run.state["stages"].get(name, {"step": 0, "parts": []})
+        parts are all that the stage changes: first the model that is its result, then others, then
+        optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
+        ends with the same numbers, bit for bit on a CPU.
+        """
+        self.name, self.steps, self.parts = name, steps, parts
+        saved = self.state["stages"].get(name, {"step": 0, "parts": []})
         for part, state in zip(parts, saved["parts"]):
-            part.load_state_dict(run.cut(state))
+            part.load_state_dict(self.cut(state))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
-                        disable=run.rank > 0)
+                        disable=self.rank > 0)
+        return self.bar
 
-    def end(self, step, **numbers):
+    def end_step(self, step, **numbers):
         """Log the numbers; now and then save. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
-        run, state = self.run, self.run.state
-        numbers = run.complete(numbers)
+        numbers, state = self.complete(numbers), self.state
         self.bar.set_postfix(numbers, refresh=False)
         state["log"].append({"stage": self.name, "step": step, **numbers})
         if step + 1 == self.steps or step % max(1, self.steps // 20) == 0:
-            parts = [run.join(part.state_dict()) for part in self.parts]
+            parts = [self.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
-            if run.rank == 0:
-                write_safely(run.out / "checkpoint.pt", lambda path: torch.save(state, path))
-                (run.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
+            if self.rank == 0:
+                write_safely(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures

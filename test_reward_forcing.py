@@ -728,16 +728,16 @@ def test_optimizer_of_the_paper_is_adamw_at_a_constant_rate():
 
 
 def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(monkeypatch):
-    kills, end = [("student", 32), ("causal", 14), ("teacher", 22)], rf.Stage.end
+    kills, end = [("student", 32), ("causal", 14), ("teacher", 22)], rf.Run.end_step
 
-    def killed(stage, step, **numbers):                              # every other step is saved,
-        if kills and kills[-1] == (stage.name, step):                # so an ended one is lost
+    def killed(run, step, **numbers):                                # every other step is saved,
+        if kills and kills[-1] == (run.name, step):                  # so an ended one is lost
             kills.pop()
             raise KeyboardInterrupt
-        end(stage, step, **numbers)
+        end(run, step, **numbers)
     line = f"--toy {TINY} --batch 2 --clip 6 --causal-clip 6 --teacher-steps 40 --out"
     assert main(line + " whole") == 0
-    monkeypatch.setattr(rf.Stage, "end", killed)
+    monkeypatch.setattr(rf.Run, "end_step", killed)
     assert [main(line + " resumed") for _ in range(3)] == [130] * 3
     assert main("--stream --prompt red --out resumed") == 2          # its student is half trained
     assert main(line + " resumed") == 0
@@ -1148,16 +1148,16 @@ def replace_large_parts(patch):
 
 def worker():
     """One of two processes: three steps, then the last again from what a kill before it leaves."""
-    end = rf.Stage.end
+    end = rf.Run.end_step
 
-    def copied(stage, step, **numbers):
-        end(stage, step, **numbers)
-        if step == 1 and stage.run.rank == 0:
+    def copied(run, step, **numbers):
+        end(run, step, **numbers)
+        if step == 1 and run.rank == 0:
             for copy in ("killed", "one"):
                 shutil.copytree("whole", copy)
     replace_large_parts(setattr)
     torch.distributed.destroy_process_group = lambda: None           # torchrun makes one only
-    rf.Stage.end = copied
+    rf.Run.end_step = copied
     train("whole", "--micro 2")
     train("killed", "--micro 2")
 
