@@ -953,11 +953,9 @@ def load_shipped(cfg):
     for stage in ["teacher"] if cfg.ode else steps:
         model = VideoTransformer(cfg)
         sizes = [p.numel() for p in model.parameters()]
-        numbers, scales = torch.tensor(file[stage]), file[stage + " scale"]
-        check(len(numbers) == sum(sizes), "the shipped teacher does not fit these flags: add "
-              "--from-scratch")
-        scale = torch.tensor(np.repeat(scales, sizes))
-        nn.utils.vector_to_parameters(numbers * scale, model.parameters())
+        with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
+            weights = torch.tensor(file[stage] * np.repeat(file[stage + " scale"], sizes))
+        nn.utils.vector_to_parameters(weights, model.parameters())
         stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
     return stages
 
