@@ -1230,14 +1230,12 @@ def ablate(run, frames):
             write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1)))
         rows.append(list(done[key].values()))
 
-    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))
-    numbers = numbers.swapaxes(0, 1)                                 # (arms, seeds, measures)
-    for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[0])):
-        errors = table.std(1, ddof=1) / len(SEEDS) ** 0.5
-        for arm, *row in zip(ARMS, table.mean(1), errors):
-            row = [f"{name} {mean:.3f} +- {error:.3f}"
-                   for name, mean, error in zip(done[key], *row)]
-            print(f"{arm + suffix:28}", *row)
+    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))          # the last: measures
+    for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[:, :1])):
+        errors = table.std(0, ddof=1) / len(SEEDS) ** 0.5
+        for arm, *row in zip(ARMS, table.mean(0), errors):
+            print(f"{arm + suffix:28}", *[f"{name} {mean:.3f} +- {error:.3f}"
+                                          for name, mean, error in zip(done[key], *row)])
 
 
 # ----------------------------------------------------------------------------------- Full size
