@@ -1123,10 +1123,7 @@ def write_webp(file, pictures):
     width, height = pictures[0].size
     box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
     shown = bytes(6) + box + b"\x3c\0\0\2"                          # at 0, 0, 60 ms, opaque
-    if file.tell() == 0:                                             # the head: sizes and contents
-        file.write(b"RIFF\0\0\0\0WEBP")
-        file.write(b"VP8X\x0a\0\0\0\2\0\0\0" + box)
-        file.write(b"ANIM\6\0\0\0" + bytes(6))
+    file.seek(max(44, file.seek(0, 2)))                              # to its end, behind the head
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
@@ -1134,9 +1131,9 @@ def write_webp(file, pictures):
         file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
     size = file.tell() - 8
     check(size < 1 << 32, f"{file.name} has the 4 GiB that a WebP may have: it plays, to here")
-    file.seek(4)
-    file.write(size.to_bytes(4, "little"))
-    file.seek(0, 2)                                                  # to its end
+    file.seek(0)
+    file.write(b"RIFF" + size.to_bytes(4, "little") + b"WEBP"        # the head: sizes and contents
+               b"VP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0" + bytes(6))
 
 
 def show(pictures, state):
