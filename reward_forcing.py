@@ -159,20 +159,15 @@ def shift_sigma(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def broadcast(sigma, x):
-    """sigma (B,) or (B, F), shaped to multiply x (B, F, ...)."""
-    return sigma.reshape(*sigma.shape, *[1] * (x.dim() - sigma.dim()))
-
-
 def add_noise(x0, noise, sigma):
-    """xt, the mixture of x0 and noise (B, F, ...) at sigma (B,) or, one a frame, (B, F)."""
-    sigma = broadcast(sigma, x0)
+    """xt, the mixture of x0 and noise (B, F, C, h, w) at sigma (B, 1) or, one a frame, (B, F)."""
+    sigma = sigma[..., None, None, None]                                     # (B, 1 or F, 1, 1, 1)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def recover_x0(xt, velocity, sigma):
     """x0 = xt - sigma v, exact if the velocity is."""
-    return xt - broadcast(sigma, xt) * velocity
+    return xt - sigma[..., None, None, None] * velocity
 
 
 def predict_x0(model, xt, sigma, text_kv, cache=None):
@@ -336,14 +331,14 @@ class VideoTransformer(nn.Module):
         return waves.to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w) at x of that shape; sigma (B,) or, one a frame, (B, F).
+        """Velocity (B, F, C, h, w) at x of that shape; sigma (B, 1) or, one a frame, (B, F).
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
         streaming = cache is not None
         if not streaming:
             cache = EMASinkCache(self.cfg)                           # an empty one
-        waves = self.embed_sigma(sigma.reshape(len(x), -1))
+        waves = self.embed_sigma(sigma)
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
         rope = rope_table(self.cfg, cache.frames, x.shape[1], x.device)
@@ -455,7 +450,7 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
         else:
             xt = draw(index, 0)                                      # pure noise: sigma = 1
             for step, sigma in enumerate(cfg.sigmas[:steps]):
-                sigma = sigma.expand(len(text))
+                sigma = sigma.expand(len(text), 1)
                 if step > 0:
                     xt = add_noise(x0, draw(index, step), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
@@ -471,7 +466,7 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
 def remember(student, x0, text_kv, cache):
     """One more pass, on the clean chunk at sigma 0: later chunks shall see keys and values of the
     frames as they are, not of the noisy ones that the last step saw."""
-    student(x0, x0.new_zeros(len(x0)), text_kv, cache)
+    student(x0, x0.new_zeros(len(x0), 1), text_kv, cache)
     cache.append()
 
 
@@ -499,7 +494,7 @@ def motion_square(error):
 
 
 def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_square):
-    """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B,) or (B, F), weight (B,).
+    """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B, 1 or F), weight (B,).
     It trains the teacher on data and the critic on the student's samples."""
     velocity = model(add_noise(x0, noise, sigma), sigma, text_kv)
     return (weight * norm(velocity - (noise - x0))).mean()
@@ -523,8 +518,8 @@ def dmd_gradient(x, x0_real, x0_fake):
     So the difference of the scores is that of the x0 predictions, up to a factor, which DMD
     replaces by 1 / mean|x - x0_real| over each sample (2311.18828, eq. 7 and 8):
     """
-    normaliser = mean_each((x - x0_real).abs()).clamp_min(1e-8)
-    return (x0_fake - x0_real) / broadcast(normaliser, x)
+    normaliser = (x - x0_real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
+    return (x0_fake - x0_real) / normaliser
 
 
 def regression_loss(x0, target, weight=1.0, norm=mean_square):
@@ -591,7 +586,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     x, path = noise, []
     for i in range(cfg.sample_steps):
         path.append(x)
-        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x)), text, nothing, cfg.guidance)
+        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x), 1), text, nothing, cfg.guidance)
         x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
     stride = cfg.sample_steps // cfg.denoise_steps
     return torch.stack([*path[::stride], x], 1)
@@ -1018,9 +1013,9 @@ class Run:
         return world.encode(cuts), text
 
     def draw_sigma(self):
-        """(n,) random noise levels. At 1 a noised sample would say nothing of the sample, near 0
+        """(n, 1) random noise levels. At 1 a noised sample would say nothing of the sample, near 0
         there is nothing left to judge."""
-        u = self.own(torch.rand(self.cfg.batch))
+        u = self.own(torch.rand(self.cfg.batch, 1))
         return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
 
     def draw_noise(self, frames):

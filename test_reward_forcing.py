@@ -74,7 +74,7 @@ def noises(cfg, batch=1):
 def predicting(x0):
     """A model whose x0 prediction is x0(text), whatever it sees."""
     def model(xt, sigma, text, cache=None):
-        return (xt - x0(text)) / per_sample(sigma)
+        return (xt - x0(text)) / sigma[..., None, None, None]
     model.embed_text = lambda text: text
     return model
 
@@ -137,7 +137,7 @@ def spy(monkeypatch):
 # ------------------------------------------------------------------------- Config and noise
 def test_x0_is_recovered_from_a_perfect_velocity():
     x0, noise = randn(2, 2, 3, 4, 2, 2, dtype=float64)
-    for shape in (2,), (2, 3):                                       # one a clip, one a frame
+    for shape in (2, 1), (2, 3):                                     # one a clip, one a frame
         sigma = rand(shape, dtype=float64)
         xt = add_noise(x0, noise, sigma)
         assert error(recover_x0(xt, noise - x0, sigma), x0) < 1e-12
@@ -152,7 +152,7 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
         cache, text_kv = EMASinkCache(FULL), model.embed_text(random_text(FULL))
         for _ in range(4):                                           # the fourth has evicted
             with FlopCounterMode(display=False) as counter:
-                model(randn(1, FULL.chunk, *FULL.latent), ones(1), text_kv, cache)
+                model(randn(1, FULL.chunk, *FULL.latent), ones(1, 1), text_kv, cache)
             cache.append()
     counted = counter.get_total_flops()
     assert abs(counted / 1e12 - 24.26) < 0.005
@@ -185,13 +185,13 @@ def slow_rollout(model, text, cfg, draw, start, script, reread):
         x, text_kv = draw(chunk, 0), model.embed_text(text)
         for step, sigma in enumerate(cfg.sigmas):
             xt = (1 - sigma) * x + sigma * draw(chunk, step)
-            x = xt - sigma * model(xt, sigma.expand(len(x)), text_kv, cache)
+            x = xt - sigma * model(xt, sigma.expand(len(x), 1), text_kv, cache)
         if chunk < len(start):
             x = start[chunk]
         yield x
         text = script.get(chunk + 1, text)
         told = model.embed_text(text) if reread else text_kv
-        model(x, zeros(len(x)), told, cache)
+        model(x, zeros(len(x), 1), told, cache)
         cache.append()
 
 
@@ -300,7 +300,7 @@ def test_training_ends_at_the_teacher_and_only_a_tilted_critic_moves_the_end(stu
 
     for step in range(steps):
         sigma, weight = rand(1).clamp(0.02, 0.98), tilt(x[:, 0])
-        xt, mean = add_noise(x, randn_like(x), sigma), weight @ x / weight.sum()
+        xt, mean = (1 - sigma) * x + sigma * randn_like(x), weight @ x / weight.sum()
         fake = denoise(xt, sigma, mean, torch.cov(x[:, 0], aweights=weight))
         real = denoise(xt, sigma, 0.0, variance)
         made = x.clone().requires_grad_()
@@ -364,7 +364,8 @@ def test_golden_rope_of_128_channels(golden):
 def test_golden_time_embedding_and_bidirectional_forward(golden):
     a, cfg, model = golden
     assert error(model.embed_sigma(a["temb.t"].double() / 1000), a["temb.out"]) < 2e-5
-    x, sigma, ctx = a["bidir.x"].transpose(1, 2), a["bidir.t"].double() / 1000, a["ctx"]
+    x, ctx = a["bidir.x"].transpose(1, 2), a["ctx"]
+    sigma = a["bidir.t"][:, None].double() / 1000
     flow = model(x, sigma, model.embed_text(ctx)).transpose(1, 2)
     assert error(flow, a["bidir.flow"]) < 2e-5
     flow = model(x[1:], sigma[1:], model.embed_text(ctx[1:, :3])).transpose(1, 2)
@@ -460,7 +461,7 @@ def test_golden_departure_here_teacher_and_critic_use_the_students_schedule(gold
     a, cfg, _ = golden
     theirs = replace(cfg, sigma_shift=8.0).schedule(1000)[:-1]
     x, flow = (a[name].transpose(1, 2) for name in ("bidir.x", "bidir.flow"))
-    x0 = recover_x0(x, flow, nearest_sigma(theirs, a["bidir.t"]))
+    x0 = recover_x0(x, flow, nearest_sigma(theirs, a["bidir.t"])[:, None])
     assert error(x0, a["bidir.x0_shift8"]) < 5e-5
 
 
@@ -469,7 +470,7 @@ def test_golden_departure_here_no_loss_is_weighted_by_the_noise_level(golden):
     weight = tensor([1.0, 3.0])                                      # of a sample; and its error
     for sigma in golden[0]["sched.sigmas"][::100]:                   # there by a bell of mean 1
         loss = flow_matching_loss(lambda *_: noise - x0 + per_sample(weight), x0, None,
-                                  sigma.expand(2), noise, weight)
+                                  sigma.expand(2, 1), noise, weight)
         assert abs(loss / 14 - 1) < 1e-5                             # (1 * 1 + 3 * 9) / 2
 
 
@@ -480,7 +481,7 @@ def test_golden_redmd_and_critic(golden):
             "x0 noise noisy pred_fake pred_real_cond pred_real_uncond grad dloss_dx0 mq beta"
         ).split())
     table = cfg.schedule(1000)[:-1]
-    sigma = nearest_sigma(table, a["redmd.timestep"][:, 0])
+    sigma = nearest_sigma(table, a["redmd.timestep"][:, 0])[:, None]
     assert error(add_noise(x, noise, sigma), noisy) < 1e-5
     teacher = predicting(lambda text: cond if text.any() else uncond)
     real = rf.guided_x0(teacher, noisy, sigma.double(), ones(2, 1, 1), zeros(1, 1, 1),
@@ -494,7 +495,8 @@ def test_golden_redmd_and_critic(golden):
     assert abs(loss / a["redmd.loss"].mean() - 1) < 1e-5             # recorded one call a sample
     for ours, slope in zip(2 * made.grad, slopes):
         assert error(ours, slope) < 1e-5 * slope.abs().max()
-    sigma, noise = nearest_sigma(table, a["critic.timestep"][:, 0]), a["critic.noise"].view_as(x)
+    sigma = nearest_sigma(table, a["critic.timestep"][:, 0])[:, None]
+    noise = a["critic.noise"].view_as(x)
     loss = flow_matching_loss(predicting(lambda _: fake), x, None, sigma.double(), noise)
     assert abs(loss / a["critic.loss"] - 1) < 1e-6
 
@@ -606,7 +608,7 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
     assert step.noisy is noisy and step.sigma is exit_sigma and step.clean is x
     assert step.text is real.text is text and real.guidance == cfg.guidance
     assert step.norm is rf.motion_square and not real.negative.any()
-    sigma = per_sample(real.sigma)
+    sigma = per_sample(real.sigma[:, 0])
     assert abs(((real.xt - (1 - sigma) * x) / sigma).std() - 1) < 0.05
     assert len(cat([real.sigma, critics[0].sigma]).unique()) > 6
     fake = rf.predict_x0(critic, real.xt, real.sigma, critic.embed_text(text))
