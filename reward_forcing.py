@@ -1063,21 +1063,21 @@ class Run:
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
-def play(student, vae, text, cfg, frames, finish, **others):
+def play(student, decode, text, cfg, frames, finish, **others):
     """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
     Returns the seconds of the first chunk, video frames per second by the median of the chunks'
     second half, the seconds of all. BadInput unless frames make whole chunks.
 
-    text (1, T, text_dim); vae=None leaves them latents; others: rollout's cache, start, steer and
-    reread. Decoding, copying and finish have a thread of their own, beside the next chunk's passes.
-    At most two chunks are held.
+    text (1, T, text_dim); decode: that of a VAE, None leaves them latents; others: rollout's cache,
+    start, steer and reread. Decoding, copying and finish have a thread of their own, beside the
+    next chunk's passes. At most two chunks are held.
     """
     past, clock = {}, [time.perf_counter()]
     beside = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def job(x0):
         with torch.cuda.stream(beside):
-            finish((vae.decode(x0, past) if vae else x0).cpu())
+            finish((decode(x0, past) if decode else x0).cpu())
         clock.append(time.perf_counter())
     set_seed(cfg.seed, "stream")
     with ThreadPoolExecutor(1) as thread:
@@ -1147,7 +1147,7 @@ def stream_all(run, stage, frames, repeats=1):
     """Every caption, streamed by the student of a stage: (video (B, F, ...), the captions)."""
     captions, video = run.world.prompts * repeats, []
     text = run.world.text(captions)
-    play(run.model(stage), run.world, text, run.cfg, frames, video.append)
+    play(run.model(stage), run.world.decode, text, run.cfg, frames, video.append)
     return torch.cat(video, 1).to(text.device), captions
 
 
@@ -1300,23 +1300,19 @@ class WanVAE:
         return (z.float() - self.mean) / self.std
 
 
-class TinyVAE:
-    """TAEHV (O. Boer Bohan), near Wan2.1's VAE at a small part of its cost, by its own code: folder
-    is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
-    def __init__(self, folder, dtype):
-        with using(folder, "--vae needs a clone of github.com/madebyollin/taehv"):
-            sys.path.append(str(folder))
-            from taehv import TAEHV, StreamingTAEHV
-            self.model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
-        self.dtype, self.stream = dtype, StreamingTAEHV
+def tiny_decoder(folder, dtype):
+    """WanVAE.decode by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own code:
+    folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
+    with using(folder, "--vae needs a clone of github.com/madebyollin/taehv"):
+        sys.path.append(str(folder))
+        from taehv import TAEHV, StreamingTAEHV
+        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
 
-    def decode(self, latents, past):
-        """As WanVAE.decode; past carries the library's own object, which remembers."""
-        if not past:                                                 # a stream's first chunk
-            past["stream"] = self.stream(self.model)
-        decode = past["stream"].decode
-        frames = [decode(latents.to(self.dtype)), *iter(decode, None)]
+    def decode(latents, past):
+        stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
+        frames = [stream.decode(latents.to(dtype)), *iter(stream.decode, None)]
         return to_bytes(2 * torch.cat(frames, 1).float() - 1)
+    return decode
 
 
 def compile_student(student):
@@ -1816,8 +1812,7 @@ def stream(args, given, dtype):
         if args.full:
             fastest_attention(cfg, dtype)
             vae.compile()
-    if args.vae:
-        vae = TinyVAE(args.vae, dtype)
+    decode = tiny_decoder(args.vae, dtype) if args.vae else vae.decode
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
@@ -1842,7 +1837,7 @@ def stream(args, given, dtype):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, vae, texts[0], cfg, args.frames, finish, cache=cache,
+        first, fps, _ = play(student, decode, texts[0], cfg, args.frames, finish, cache=cache,
                              start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
@@ -1851,6 +1846,7 @@ def bench(args, given, dtype):
     """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
     student, vae, _, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
+    decode = vae.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
     tiny = ["tiny VAE"] if args.vae else []
@@ -1864,11 +1860,11 @@ def bench(args, given, dtype):
         elif rung == "fp8":
             use_float8(student)
         elif rung == "tiny VAE":
-            vae = TinyVAE(args.vae, dtype)
+            decode = tiny_decoder(args.vae, dtype)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         (_, _, cold), (first, fps, warm), (_, alone, _) = (
-            play(student, each, text, cfg, args.frames, len) for each in (vae, vae, None))
+            play(student, each, text, cfg, args.frames, len) for each in (decode, decode, None))
         eager = table["eager"][0] if table else fps
         memory = torch.cuda.max_memory_allocated() / 1e9
         table[rung] = fps, fps / eager, alone, first, cold - warm, memory

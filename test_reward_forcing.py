@@ -976,9 +976,9 @@ def taehv():
 
 
 def test_tiny_vae_decodes_by_the_code_in_its_folder(taehv):
-    latents, vae = rand(1, 6, 16, 4, 6), rf.TinyVAE(Path(), float32)
+    latents, decode = rand(1, 6, 16, 4, 6), rf.tiny_decoder(Path(), float32)
     for past in {}, {}:                                              # two streams, each anew
-        frames = cat([vae.decode(chunk, past) for chunk in latents.split(3, 1)], 1)
+        frames = cat([decode(chunk, past) for chunk in latents.split(3, 1)], 1)
         assert frames.shape[1] == 21
         assert error(frames[:, -1] / 255, 0.4 * latents[:, -1, :3]) < 1 / 255
 
