@@ -148,9 +148,7 @@ class Config:
 
     def chunks_in(self, frames):
         """Chunks that make this many video frames; BadInput names the nearest counts that fit."""
-        unit, first = self.chunk * self.time_stride, self.time_stride - 1
-        check_multiple("frames", frames, unit, first)
-        return (frames + first) // unit
+        return units_in("frames", frames, self.chunk * self.time_stride, self.time_stride - 1)
 
 
 # -------------------------------------------------------------------------------- Noise levels
@@ -1478,7 +1476,7 @@ class FullRun(Run):
         from torch.distributed import tensor                         # late: it takes half a second
         self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
         self.rank, self.processes = mesh.get_rank(), mesh.size()
-        self.turns = cfg.batch // mesh.size() // args.micro
+        self.turns = units_in("batch", cfg.batch, mesh.size() * args.micro)
         self.teacher, self.dtype = teacher, dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
@@ -1590,7 +1588,6 @@ def train(args, given, dtype):
           "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward")
     count = int(os.environ["WORLD_SIZE"])
     cfg, teacher = dry_run(args, given, dtype, [count])
-    check_multiple("batch", cfg.batch, count * args.micro)
     mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
     train_student(FullRun(cfg, teacher, args, dtype, mesh))
     torch.distributed.destroy_process_group()
@@ -1660,23 +1657,28 @@ def check_config(cfg):
           "alpha, drop_caption and weight_ema must be at most 1")
     check(not (cfg.tilt and cfg.shuffle), "--shuffle is for the student's weights, which --tilt "
           "does not use: leave one out")
-    check_multiple("height", cfg.height, 2 * cfg.stride)             # a token: 2 x 2 latent pixels
-    check_multiple("width", cfg.width, 2 * cfg.stride)
-    check_multiple("clip", cfg.clip, cfg.chunk)
-    check_multiple("causal_clip", cfg.causal_clip, cfg.chunk)
-    check_multiple("sample_steps", cfg.sample_steps, cfg.denoise_steps)
-    check_multiple("freq_dim", cfg.freq_dim, 2)                      # a cosine and a sine
+    units = {
+        "height": 2 * cfg.stride,                                    # a token: 2 x 2 latent pixels
+        "width": 2 * cfg.stride,
+        "clip": cfg.chunk,
+        "causal_clip": cfg.chunk,
+        "sample_steps": cfg.denoise_steps,
+        "freq_dim": 2}                                               # a cosine and a sine
+    for name, unit in units.items():
+        units_in(name, getattr(cfg, name), unit)
     check(cfg.dim % (2 * cfg.heads) == 0 and cfg.head_dim >= 6, f"heads={cfg.heads} must "
           f"split dim={cfg.dim} into even parts of 6 or more: 3-D RoPE turns pairs of channels")
     check(cfg.window >= cfg.sink + cfg.chunk, f"window={cfg.window} cannot hold sink="
           f"{cfg.sink} and chunk={cfg.chunk}: try --window {cfg.sink + 2 * cfg.chunk}")
 
 
-def check_multiple(name, value, unit, missing=0):
-    """BadInput unless value is a multiple of unit, `missing` short of it."""
-    below = max(unit, (value + missing) // unit * unit) - missing
-    check(value > 0 and (value + missing) % unit == 0,
+def units_in(name, value, unit, missing=0):
+    """How many units make value, which is `missing` short of them; BadInput unless they do."""
+    count, rest = divmod(value + missing, unit)
+    below = max(1, count) * unit - missing
+    check(value > 0 and rest == 0,
           f"{name}={value} does not fit, it goes in steps of {unit}: try {below} or {below + unit}")
+    return count
 
 
 PRESETS = {
