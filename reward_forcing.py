@@ -1583,9 +1583,7 @@ def dry_run(args, given, dtype, counts=(1, 8, 64)):
 
 def train(args, given, dtype):
     """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
-    files = args.weights, args.critic, args.teacher, args.wan, args.prompts, args.reward
-    check("WORLD_SIZE" in os.environ and all(files), "--train is started by torchrun, on one GPU "
-          "too, and needs --weights, --critic, --teacher, --wan, --prompts and --reward")
+    check("WORLD_SIZE" in os.environ, "--train is started by torchrun, on one GPU too")
     count = int(os.environ["WORLD_SIZE"])
     cfg, teacher = dry_run(args, given, dtype, [count])
     mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
@@ -1699,12 +1697,15 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
-USES = {                         # the options of each command, beside --out and --full
-    "toy": "ablate frames data from_scratch",
-    "stream": "compile fp8 prompt then reread live vae start frames weights wan data",
-    "bench": "vae frames weights wan",
-    "train": "weights wan critic teacher large_teacher prompts negative reward micro",
-    "dry_run": "large_teacher micro",
+USES = {                         # the options that a command needs and takes, beside --out
+    "--toy": ("", "--ablate --frames --data --from-scratch"),
+    "--stream": ("--prompt", "--compile --fp8 --then --reread --live --start --frames --data"),
+    "--full --stream": ("--weights --wan --prompt",
+                        "--compile --fp8 --then --reread --live --start --frames --vae"),
+    "--full --bench": ("", "--weights --wan --vae --frames"),
+    "--full --train": ("--weights --critic --teacher --wan --prompts --reward",
+                       "--large-teacher --negative --micro"),
+    "--full --dry-run": ("", "--large-teacher --micro"),
 }
 
 
@@ -1723,20 +1724,22 @@ def parse(argv):
     for command in toy, stream, bench, train, dry_run:
         commands.add_argument(flag(command.__name__), action="store_const", const=command,
                               dest="command", help=command.__doc__)
+    actions = {bool: {"action": argparse.BooleanOptionalAction},
+               list: {"action": "append", "nargs": 2}}
     for f in fields(Options) + fields(Config):
-        if f.type is bool:
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction)
-        elif f.type is list:
-            parser.add_argument(flag(f.name), nargs=2, action="append")
-        else:
-            parser.add_argument(flag(f.name), type=f.type, help=f"[{f.default}]")
+        value = {"type": f.type, "help": f"[{f.default}]"}
+        parser.add_argument(flag(f.name), **actions.get(f.type, value))
     given = vars(parser.parse_args(argv))
     options = {name: given.pop(name) for name in vars(Options()) if name in given}
     command = given.pop("command")
-    used = {"out", "full", *USES[command.__name__].split()}
-    extra, takes = (", ".join(map(flag, sorted(x))) for x in (set(options) - used, used))
-    check(not extra, f"{extra} is not for {flag(command.__name__)}, which takes {takes}, and what "
-          "class Config has: leave it out")
+    name = "--full " * options.get("full", False) + flag(command.__name__)
+    check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
+    needs, takes = USES[name]
+    told = set(map(flag, options))
+    extra = told - set(f"--full --out {needs} {takes}".split())
+    check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes --out {needs} "
+          f"{takes}, and what class Config has: leave it out")
+    check(told >= set(needs.split()), f"{name} needs {needs}")
     return command, Options(**options), given
 
 
@@ -1790,11 +1793,7 @@ def open_clip(path, cfg):
 
 def stream(args, given, dtype):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
-    check(args.prompt, '--stream needs a prompt: try --prompt "a red circle"')
-    check(args.full or not (args.vae or args.weights or args.wan),
-          "--vae, --weights and --wan are for --full: leave them out")
-    check(not args.full or args.weights and args.wan and args.wan.is_dir(),
-          "--full --stream needs --weights, and for --wan a Diffusers folder of Wan2.1")
+    check(not args.full or args.wan.is_dir(), "--wan must be a Diffusers folder of Wan2.1")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
@@ -1910,8 +1909,6 @@ def main(argv=None):
             torch.set_default_device(device)                         # costs time with every call
         dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
         print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
-        check(command is stream or args.full == (command is not toy),
-              "--bench, --train and --dry-run go with --full, and --toy without it")
         args.out.mkdir(parents=True, exist_ok=True)
         command(args, given, dtype)
         return 0

@@ -783,7 +783,7 @@ def test_ablation_trains_every_arm_once_with_its_own_change(monkeypatch, capsys)
 # ----------------------------------------------------------------- Full size, with tiny parts
 SIZES = ("--full --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 16 --text-len 12 "
          "--height 32 --width 48 --frames 33")
-TINY_WAN = replace(FULL, **given(SIZES))
+TINY_WAN = replace(FULL, **given(SIZES, "--bench"))
 
 
 def needs(*packages):
@@ -1317,7 +1317,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
 @parametrize("line", [
     " | --toy --stream",
     "--toy --stream --prompt red | not allowed with",
-    "--bench | go with --full",
+    "--bench | none of the commands --toy, --stream, --full --stream",
     "--stream --prompt red --then ten blue | --then ten",
     "--stream --prompt red --then 10 blue | 9 or 12",
     "--stream --prompt red --then 240 blue | after the end",
@@ -1344,17 +1344,20 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --data {}/../other.npz --out new | add --from-scratch",
     "--toy --tilt --shuffle | leave one out",
     "--toy --from-scratch --ablate --beta 1 | leave them out",
-    "--bench --full --compile | --compile is not for --bench",
-    "--stream --prompt red --weights x | for --full",
+    "--bench --full --compile | --compile is not for --full --bench",
+    "--stream --prompt red --weights x | --weights is not for --stream",
     "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
     "--dry-run --full --tilt | --tilt",
     "--dry-run --full --micro 0 | --micro",
-    "--toy --from-scratch --full | --toy without it",
+    "--toy --from-scratch --full | --full --toy is none",
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
-    "--train --full | torchrun",
+    "--train --full --critic x | --weights",
+    "--train --full --weights x --critic x --teacher x --wan . --prompts x --reward x | torchrun",
+    "--stream --prompt red --full --weights x --wan . --data x | --data is not for --full --stream",
+    "--stream --prompt red --full --weights x --wan nowhere | --wan",
     "--stream | --prompt",
     "--stream --prompt pink | yellow",
     "--stream --prompt red --dim 64 | --alpha, --sink",
