@@ -146,9 +146,9 @@ class Config:
         """steps + 1 noise levels from 1 to 0."""
         return shift_sigma(torch.linspace(1, 0, steps + 1), self.sigma_shift)
 
-    def chunks_in(self, frames):
+    def chunks_in(self, frames, name="frames"):
         """Chunks that make this many video frames; BadInput names the nearest counts that fit."""
-        return units_in("frames", frames, self.chunk * self.time_stride, self.time_stride - 1)
+        return units_in(name, frames, self.chunk * self.time_stride, self.time_stride - 1)
 
 
 # -------------------------------------------------------------------------------- Noise levels
@@ -1560,7 +1560,8 @@ def step_flops(cfg, teacher):
 def dry_run(args, given, dtype, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
     cfg = replace(PRESETS["full"], **given)
-    check(not cfg.tilt and args.micro > 0, "--tilt is for the toy, and --micro is 1 or more")
+    check(not cfg.tilt, "--tilt is for the toy: leave it out")
+    units_in("micro", args.micro, 1)
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
@@ -1787,7 +1788,7 @@ def open_clip(path, cfg):
             break
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
-    cfg.chunks_in(len(frames))
+    cfg.chunks_in(len(frames), f"frames in {path}")
     return torch.tensor(np.stack(frames)).movedim(3, 1)[None]
 
 

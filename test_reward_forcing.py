@@ -22,7 +22,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pytest import fixture, importorskip, mark, raises
 from torch import (arange, bfloat16, cat, equal, exp, float32, float64, ones, rand, randint, randn,
                    randn_like, stack, tensor, zeros)
@@ -1324,6 +1324,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--stream --prompt red --data {}/../other.npz | in another world",
     "--stream --prompt red --start README.md | README.md",
     "--stream --prompt red --start {}/stream.gif --frames 6 | raise --frames",
+    "--stream --prompt red --start other.webp | frames in other.webp=2",
     "--stream --prompt red --live | --live",
     "--toy --from-scratch --teachr-steps 3 | --teachr-steps",
     "--toy --from-scratch --alpha 1.5 | at most 1",
@@ -1350,7 +1351,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
     "--dry-run --full --tilt | --tilt",
-    "--dry-run --full --micro 0 | --micro",
+    "--dry-run --full --micro 0 | micro=0",
     "--toy --from-scratch --full | --full --toy is none",
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
@@ -1370,6 +1371,8 @@ def test_bad_input_is_refused_in_one_line(trained, line, capsys):
     Path("damaged").mkdir()
     Path("damaged/checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     Path("README.md").write_text("no arrays")
+    frame = Image.new("RGB", (9, 9))
+    frame.save("other.webp", save_all=True, append_images=[ImageOps.invert(frame)])
     words, mend = line.split(" | ")
     assert main(f"--out {trained} {words}".format(trained)) == 2
     error = capsys.readouterr().err
