@@ -1246,30 +1246,39 @@ def load_weights(model, path):
         model.load_state_dict(dict(zip(names, state.values())), assign=True)
 
 
-@torch.no_grad()
-def wan_text(prompts, folder, cfg, dtype):
-    """For each prompt (T, text_dim) by UMT5-XXL, T tokens of at most text_len. The encoder is
-    loaded, used and freed in this one call."""
-    from transformers import AutoTokenizer, UMT5EncoderModel
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    with torch.device("cpu"):                # onto a GPU the library loads with another package
-        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-    encoder.encoder.embed_tokens = encoder.shared        # some releases of transformers forget to
-    check(encoder.shared.weight.any(), f"the text encoder in {folder} has only zeros for its word "
-          "embedding: download it again, or try another release of transformers")
-    encoder.to(torch.get_default_device())
-    tokens = tokenizer(prompts, truncation=True, max_length=cfg.text_len).input_ids
-    return [encoder(torch.tensor([ids])).last_hidden_state[0].cpu() for ids in tokens]
-
-
-class WanVAE:
-    """Wan2.1's VAE from its Diffusers folder; without one, with random weights."""
-    def __init__(self, folder, dtype):
+class WanWorld:
+    """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
+    one, a VAE with random weights. What was told once is remembered."""
+    def __init__(self, folder, cfg, dtype):
         from diffusers import AutoencoderKLWan as Wan
         vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
+        self.folder, self.cfg, self.features = folder, cfg, {}
+
+    @torch.no_grad()
+    def learn(self, prompts):
+        """Keep the features (T, text_dim) of prompts by UMT5-XXL, T tokens of at most text_len. The
+        encoder is loaded, used and freed in this one call."""
+        from transformers import AutoTokenizer, UMT5EncoderModel
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        with torch.device("cpu"):            # onto a GPU the library loads with another package
+            encoder = UMT5EncoderModel.from_pretrained(
+                self.folder / "text_encoder", dtype=self.vae.dtype)
+        encoder.encoder.embed_tokens = encoder.shared    # some releases of transformers forget to
+        check(encoder.shared.weight.any(), f"the text encoder in {self.folder} has only zeros for "
+              "its word embedding: download it again, or try another release of transformers")
+        encoder.to(torch.get_default_device())
+        tokens = tokenizer(prompts, truncation=True, max_length=self.cfg.text_len).input_ids
+        for prompt, ids in zip(prompts, tokens):
+            self.features[prompt] = encoder(torch.tensor([ids])).last_hidden_state[0].cpu()
+
+    def text(self, prompts):
+        """(B, T, text_dim), zero after the last token; T is the longest's."""
+        if not self.features.keys() >= set(prompts):
+            self.learn(prompts)
+        return pad_sequence([self.features[prompt] for prompt in prompts], batch_first=True)
 
     def compile(self):
         """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
@@ -1299,8 +1308,8 @@ class WanVAE:
 
 
 def tiny_decoder(folder, dtype):
-    """WanVAE.decode by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own code:
-    folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
+    """As WanWorld.decode, by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own
+    code: folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
     with using(folder, "--vae needs a clone of github.com/madebyollin/taehv"):
         sys.path.append(str(folder))
         from taehv import TAEHV, StreamingTAEHV
@@ -1411,7 +1420,7 @@ class VideoAlign:
             self.tokenizer = AutoTokenizer.from_pretrained(base)
             self.tokenizer.add_tokens(
                 ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-            with torch.device("cpu"):                                # as in wan_text
+            with torch.device("cpu"):                                # as in WanWorld
                 self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
                 self.model.resize_token_embeddings(len(self.tokenizer))
             self.model.to(torch.get_default_device())
@@ -1453,22 +1462,6 @@ class VideoAlign:
         return (score - self.norm["MQ_mean"]) / self.norm["MQ_std"]
 
 
-class PromptWorld(WanVAE):
-    """What ToyWorld is to the toy: the lines of a text file, their features, which are made once,
-    before a model is loaded, and the VAE, through which the reward sees the samples."""
-    def __init__(self, args, cfg, dtype):
-        super().__init__(args.wan, dtype)
-        self.prompts = args.prompts.read_text().splitlines()
-        check(self.prompts, f"{args.prompts} is empty: write a prompt a line")
-        told = [*self.prompts, args.negative]
-        self.features = dict(zip(told, wan_text(told, args.wan, cfg, dtype)))
-        self.checksum = zlib.crc32(repr(told).encode())
-
-    def text(self, captions):
-        """(B, T, text_dim), zero after the last token; T is the longest's."""
-        return pad_sequence([self.features[caption] for caption in captions], batch_first=True)
-
-
 class FullRun(Run):
     """A Run on all processes of mesh, each with a part of every parameter, gradient and moment
     (FSDP2). Its models start from files."""
@@ -1481,7 +1474,13 @@ class FullRun(Run):
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), dtype)
-        super().__init__(cfg, args.out, PromptWorld(args, cfg, dtype))
+        world = WanWorld(args.wan, cfg, dtype)
+        world.prompts = args.prompts.read_text().splitlines()
+        check(world.prompts, f"{args.prompts} is empty: write a prompt a line")
+        told = [*world.prompts, args.negative]
+        world.learn(told)                                            # before a model is loaded
+        world.checksum = zlib.crc32(repr(told).encode())
+        super().__init__(cfg, args.out, world)
 
     def model(self, stage):
         """A model in parts. A block is put together, in bf16, while it runs. Its activations are
@@ -1745,7 +1744,7 @@ def parse(argv):
 
 
 def open_toy(args, given, dtype):
-    """(student, vae, encode, cfg) of the checkpoint in --out; encode(prompts) is their text."""
+    """(student, world, cfg) of the checkpoint in --out."""
     check(set(given) <= {"alpha", "sink", "window", "seed"},
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
@@ -1758,23 +1757,20 @@ def open_toy(args, given, dtype):
     student.load_state_dict(state["generator_ema"])
     world = ToyWorld(cfg, args.data)
     check(world.checksum == checksum, f"{args.out} was trained in another world: give its --data")
-    return student, world, world.text, cfg
+    return student, world, cfg
 
 
 def open_full(args, given, dtype):
-    """(student, vae, encode, cfg) of the full size; for --bench random where no file is given."""
+    """(student, world, cfg) of the full size; for --bench random where no file is given."""
     cfg = replace(PRESETS["full"], **given)
     cfg.chunks_in(args.frames)                                       # refused before loading
-    vae = WanVAE(args.wan, dtype)
-
-    def encode(prompts):
-        return pad_sequence(wan_text(prompts, args.wan, cfg, dtype), batch_first=True)
+    world = WanWorld(args.wan, cfg, dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg).to(dtype)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, dtype), vae, encode, cfg
+    return student.to(device, dtype), world, cfg
 
 
 def open_clip(path, cfg):
@@ -1797,15 +1793,15 @@ def stream(args, given, dtype):
     check(not args.full or args.wan.is_dir(), "--wan must be a Diffusers folder of Wan2.1")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
-    student, vae, encode, cfg = (open_full if args.full else open_toy)(args, given, dtype)
+    student, world, cfg = (open_full if args.full else open_toy)(args, given, dtype)
     cfg.chunks_in(args.frames)                                       # refused before it starts
     script = {0: args.prompt}
     for frame, prompt in args.then:
         check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
         check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
-    texts = dict(zip(script, encode([*script.values()]).split(1)))
-    start = vae.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
+    world.text([*script.values()])                                   # is all of it known?
+    start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
     check(len(start) < cfg.chunks_in(args.frames), "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
@@ -1813,20 +1809,20 @@ def stream(args, given, dtype):
         compile_student(student)
         if args.full:
             fastest_attention(cfg, dtype)
-            vae.compile()
-    decode = tiny_decoder(args.vae, dtype) if args.vae else vae.decode
+            world.compile()
+    decode = tiny_decoder(args.vae, dtype) if args.vae else world.decode
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
-        bar.desc = script.get(chunk, bar.desc)
-        entered = args.live and select.select([sys.stdin], [], [], 0)[0]
-        if entered and (line := sys.stdin.readline().strip()):
-            bar.desc = line
+        prompt = script.get(chunk)
+        if args.live and select.select([sys.stdin], [], [], 0)[0]:
+            prompt = sys.stdin.readline().strip() or prompt
+        if prompt:
+            bar.desc = prompt
             try:
-                return encode([line])
+                return world.text([prompt])
             except BadInput as error:
                 bar.desc = str(error)
-        return texts.get(chunk)
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1)
@@ -1839,16 +1835,16 @@ def stream(args, given, dtype):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, decode, texts[0], cfg, args.frames, finish, cache=cache,
-                             start=start, steer=steer, reread=args.reread)
+        first, fps, _ = play(student, decode, world.text([args.prompt]), cfg, args.frames, finish,
+                             cache=cache, start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
 
 def bench(args, given, dtype):
     """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
-    student, vae, _, cfg = open_full(args, given, dtype)
+    student, world, cfg = open_full(args, given, dtype)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
-    decode = vae.decode
+    decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
     tiny = ["tiny VAE"] if args.vae else []
@@ -1856,7 +1852,7 @@ def bench(args, given, dtype):
         if rung == "compiled":
             compile_student(student)
         elif rung == "VAE compiled":
-            vae.compile()
+            world.compile()
         elif rung == "attention":
             fastest_attention(cfg, dtype)
         elif rung == "fp8":

@@ -33,8 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reward_forcing as rf
 from reward_forcing import (BadInput, EMASinkCache, PRESETS, RewardWeight, VideoTransformer,
                             add_noise, draw_samples, flow_matching_loss, measure, motion_reward,
-                            recover_x0, regress, regression_loss, rollout, rope_table, rotate,
-                            wan_text)
+                            recover_x0, regress, regression_loss, rollout, rope_table, rotate)
 
 parametrize = mark.parametrize
 HERE = Path(__file__).parent
@@ -861,24 +860,23 @@ def test_text_is_the_encoders(wan, monkeypatch):
     encoded = encoder(tensor([[1, 2, 3]])).last_hidden_state
     encoder.encoder.embed_tokens = torch.nn.Embedding(8, 16)         # untied
     monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", lambda *_, **__: encoder)
-    short, text = wan_text(["a", "a red panda"], wan, TINY_WAN, float32)
-    assert error(text[None], encoded) < 1e-5 and len(short) == 1
+    world = rf.WanWorld(wan, TINY_WAN, float32)
+    assert error(world.text(["a red panda"]), encoded) < 1e-5
     encoder.shared.weight.data.zero_()
-    refused(wan_text, ["a"], wan, TINY_WAN, float32, mend="word embedding")
+    assert error(world.text(["a red panda"]), encoded) < 1e-5        # it is not asked again
+    refused(world.text, ["a"], mend="word embedding")
 
 
 def test_prompts_of_any_length_are_told_as_if_alone(wan):
-    Path("prompts").write_text("a\na red panda\n")
-    args = rf.Options(wan=wan, prompts=Path("prompts"), negative="red")
-    world = rf.PromptWorld(args, TINY_WAN, float32)
+    world, other = (rf.WanWorld(wan, TINY_WAN, float32) for _ in range(2))
     text = world.text(["a red panda", "a"])
-    assert equal(text[:1], world.text(world.prompts[1:]))
-    assert equal(text[1:, :1], world.text(["a"])) and not text[1, 1:].any()
+    assert equal(text[:1], other.text(["a red panda"]))
+    assert equal(text[1:, :1], other.text(["a"])) and not text[1, 1:].any()
     assert world.text(["red"]).shape == (1, 1, 16)
 
 
 def test_decoding_by_chunks_equals_decoding_the_whole(wan, monkeypatch):
-    vae, past, latents = rf.WanVAE(wan, float32), {}, randn(1, 9, 16, 4, 6)
+    vae, past, latents = rf.WanWorld(wan, TINY_WAN, float32), {}, randn(1, 9, 16, 4, 6)
     monkeypatch.setattr(rf, "to_bytes", lambda pixels: pixels.clamp(-1, 1))
 
     def scaled(latents):
@@ -911,7 +909,7 @@ def graphs(monkeypatch):
 
 
 def test_compiled_vae_has_one_graph_and_equals_plain_decoding_chunk_by_chunk(wan, graphs):
-    vae, latents = rf.WanVAE(wan, float32), randn(5, 1, 3, 16, 4, 6)
+    vae, latents = rf.WanWorld(wan, TINY_WAN, float32), randn(5, 1, 3, 16, 4, 6)
 
     def decode():
         past = {}
@@ -1140,11 +1138,12 @@ def replace_large_parts(patch):
     def reward(frames):
         return frames.flatten(1).mean(1)
 
-    def features(prompts, *_):
-        return [(i + arange(16.0)).cos().expand(2 + i % 3, 16) for i in range(len(prompts))]
-    patch(rf.WanVAE, "__init__", lambda *_: None)
-    patch(rf.WanVAE, "decode", lambda vae, latents, past: latents)
-    patch(rf, "wan_text", features)
+    def learn(world, prompts):
+        world.features = {prompt: (i + arange(16.0)).cos().expand(2 + i % 3, 16)
+                          for i, prompt in enumerate(prompts)}
+    patch(rf.WanWorld, "__init__", lambda *_: None)
+    patch(rf.WanWorld, "decode", lambda world, latents, past: latents)
+    patch(rf.WanWorld, "learn", learn)
     patch(rf, "VideoAlign", lambda folder, dtype: folder.is_dir() and reward)
 
 
