@@ -1397,14 +1397,14 @@ class VideoAlign:
         checkpoint-*/model.pth   one; all weights, under the names that peft gives them
         template.txt             the instruction in VideoAlign's prompt_template.py, to the letter
                                  (the line breaks at both ends too), {text_prompt} left as it is
-        Qwen2-VL-2B-Instruct/    the model that VideoAlign was trained from, as downloaded
+        Qwen2-VL-2B-Instruct/    config and tokenizer of the model that it was trained from
     BadInput says what is missing or does not fit.
     """
     def __init__(self, folder, dtype):
         base = folder / "Qwen2-VL-2B-Instruct"
         with using(folder, "--reward needs VideoAlign's model_config.json, one checkpoint-*/"
                    "model.pth, its instruction as template.txt, and Qwen2-VL-2B-Instruct/"):
-            from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLModel
+            from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
             config = json.loads((folder / "model_config.json").read_text())
             data, lora = config["data_config"], config["peft_lora_config"]
             self.fps, self.norm = data["fps"], config["inference_config"]
@@ -1420,10 +1420,9 @@ class VideoAlign:
             self.tokenizer = AutoTokenizer.from_pretrained(base)
             self.tokenizer.add_tokens(
                 ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-            with torch.device("cpu"):                                # as in WanWorld
-                self.model = Qwen2VLModel.from_pretrained(base, dtype=dtype)
-                self.model.resize_token_embeddings(len(self.tokenizer))
-            self.model.to(torch.get_default_device())
+            shape = AutoConfig.from_pretrained(base)
+            shape.text_config.vocab_size = len(self.tokenizer)
+            self.model = AutoModel.from_config(shape, dtype=dtype).eval()
             path, = folder.glob("checkpoint-*/model.pth")
             state = torch.load(path, map_location=self.model.device)
             for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
