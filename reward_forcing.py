@@ -1250,6 +1250,7 @@ class WanWorld:
     """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
     one, a VAE with random weights. What was told once is remembered."""
     def __init__(self, folder, cfg, dtype):
+        check(not folder or folder.is_dir(), "--wan must be a Diffusers folder of Wan2.1")
         from diffusers import AutoencoderKLWan as Wan
         vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
@@ -1789,11 +1790,10 @@ def open_clip(path, cfg):
 
 def stream(args, given, dtype):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
-    check(not args.full or args.wan.is_dir(), "--wan must be a Diffusers folder of Wan2.1")
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, world, cfg = (open_full if args.full else open_toy)(args, given, dtype)
-    cfg.chunks_in(args.frames)                                       # refused before it starts
+    chunks = cfg.chunks_in(args.frames)
     script = {0: args.prompt}
     for frame, prompt in args.then:
         check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
@@ -1801,7 +1801,7 @@ def stream(args, given, dtype):
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
     world.text([*script.values()])                                   # is all of it known?
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
-    check(len(start) < cfg.chunks_in(args.frames), "--start is all of it: raise --frames")
+    check(len(start) < chunks, "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
     if args.compile:
@@ -1846,18 +1846,19 @@ def bench(args, given, dtype):
     decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
-    tiny = ["tiny VAE"] if args.vae else []
-    for rung in "eager", "compiled", "VAE compiled", "attention", *tiny, "fp8":
+    for rung in "eager", "compiled", "VAE compiled", "attention", "tiny VAE", "fp8":
         if rung == "compiled":
             compile_student(student)
         elif rung == "VAE compiled":
             world.compile()
         elif rung == "attention":
             fastest_attention(cfg, dtype)
+        elif rung == "tiny VAE":
+            if not args.vae:
+                continue
+            decode = tiny_decoder(args.vae, dtype)
         elif rung == "fp8":
             use_float8(student)
-        elif rung == "tiny VAE":
-            decode = tiny_decoder(args.vae, dtype)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         (_, _, cold), (first, fps, warm), (_, alone, _) = (
@@ -1883,7 +1884,7 @@ def toy(args, given, dtype):
         if not cfg.ode:
             settled += "causal", "chunk", "denoise"
         early = [name for name in given if name.startswith(tuple(settled))]
-        if args.data.resolve() != Options.data.resolve():
+        if not args.data.samefile(Options.data):
             early.append("data")
         check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
               "--from-scratch")
@@ -1899,12 +1900,13 @@ def main(argv=None):
     try:
         command, args, given = parse(argv)
         args.frames = args.frames or (477 if command is bench else 81 if args.full else 240)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
+        gpu = torch.cuda.is_available()
+        if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
-            torch.set_default_device(device)                         # costs time with every call
-        dtype = torch.bfloat16 if device == "cuda" and args.full else torch.float32
-        print(f"{device}, {dtype}, torch {torch.__version__}; changed from the preset: {given}")
+            torch.set_default_device("cuda")                         # costs time with every call
+        dtype = torch.bfloat16 if gpu and args.full else torch.float32
+        print(f"{torch.get_default_device()}, {dtype}, torch {torch.__version__}; changed from the "
+              f"preset: {given}")
         args.out.mkdir(parents=True, exist_ok=True)
         command(args, given, dtype)
         return 0
