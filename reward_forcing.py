@@ -1225,6 +1225,25 @@ def ablate(run, frames):
                                           for name, mean, error in zip(done[key], *row)])
 
 
+# ----------------------------------------------------------------------------------- Bad input
+class BadInput(Exception):
+    """What the user gave cannot work. The message is one sentence that says how to mend it."""
+
+
+def check(fine, message):
+    if not fine:
+        raise BadInput(message)
+
+
+@contextlib.contextmanager
+def using(what, mend):
+    """Turn what goes wrong with a file or library, in whatever kind of exception, into BadInput."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"{what} cannot be used ({str(error)[:500]!r}): {mend}")
+
+
 # ----------------------------------------------------------------------------------- Full size
 def load_weights(model, path):
     """Give a model, built on the meta device, the weights in path, mapped and not copied.
@@ -1249,15 +1268,16 @@ def load_weights(model, path):
 class WanWorld:
     """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
     one, a VAE with random weights. What was told once is remembered."""
+    @using("--wan", "give a Diffusers folder of Wan2.1 (pip install diffusers)")
     def __init__(self, folder, cfg, dtype):
-        check(not folder or folder.is_dir(), "--wan must be a Diffusers folder of Wan2.1")
         from diffusers import AutoencoderKLWan as Wan
-        vae = Wan.from_pretrained(folder, subfolder="vae") if folder else Wan()
+        vae = Wan.from_pretrained(folder / "vae", local_files_only=True) if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
         self.folder, self.cfg, self.features = folder, cfg, {}
 
+    @using("--wan", "give a Diffusers folder of Wan2.1 (pip install transformers)")
     @torch.no_grad()
     def learn(self, prompts):
         """Keep the features (T, text_dim) of prompts by UMT5-XXL, T tokens of at most text_len. The
@@ -1308,13 +1328,13 @@ class WanWorld:
         return (z.float() - self.mean) / self.std
 
 
+@using("--vae", "it needs a clone of github.com/madebyollin/taehv")
 def tiny_decoder(folder, dtype):
     """As WanWorld.decode, by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own
     code: folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
-    with using(folder, "--vae needs a clone of github.com/madebyollin/taehv"):
-        sys.path.append(str(folder))
-        from taehv import TAEHV, StreamingTAEHV
-        model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
+    sys.path.append(str(folder))
+    from taehv import TAEHV, StreamingTAEHV
+    model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
 
     def decode(latents, past):
         stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
@@ -1376,15 +1396,15 @@ def float8_forward(layer, x):
     return (out.view(*x.shape[:-1], -1) + layer.bias).type_as(x)
 
 
+@using("--fp8", "of GPUs it needs an H100 or newer")
 def use_float8(student):
     """In the blocks' linear layers, where most of the work is."""
-    with using("--fp8", "of GPUs it needs an H100 or newer"):
-        for layer in student.blocks.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data, layer.scale = to_float8(layer.weight.data)
-                # a method: with functools.partial every block would need graphs of its own
-                layer.forward = types.MethodType(float8_forward, layer)
-        student.blocks[0].ffn(torch.zeros(16, student.cfg.dim))      # refused now or never
+    for layer in student.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data, layer.scale = to_float8(layer.weight.data)
+            # a method: with functools.partial every block would need graphs of its own
+            layer.forward = types.MethodType(float8_forward, layer)
+    student.blocks[0].ffn(torch.zeros(16, student.cfg.dim))          # refused now or never
 
 
 # ------------------------------------------------------------------------ Training at full size
@@ -1401,41 +1421,41 @@ class VideoAlign:
         Qwen2-VL-2B-Instruct/    config and tokenizer of the model that it was trained from
     BadInput says what is missing or does not fit.
     """
+    @using("--reward", "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, its "
+           "instruction as template.txt, and Qwen2-VL-2B-Instruct/")
     def __init__(self, folder, dtype):
+        from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
         base = folder / "Qwen2-VL-2B-Instruct"
-        with using(folder, "--reward needs VideoAlign's model_config.json, one checkpoint-*/"
-                   "model.pth, its instruction as template.txt, and Qwen2-VL-2B-Instruct/"):
-            from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
-            config = json.loads((folder / "model_config.json").read_text())
-            data, lora = config["data_config"], config["peft_lora_config"]
-            self.fps, self.norm = data["fps"], config["inference_config"]
-            # patches of 1 image, paired below: asked for 2, it would show each image twice
-            self.processor = Qwen2VLImageProcessor(
-                temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
-            before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
-            check("<|VQ_reward|>" in before and motion,
-                  "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
-            self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-                         f"{before}{motion}")                   # Qwen2-VL's chat format
-            self.tokenizer = AutoTokenizer.from_pretrained(base)
-            self.tokenizer.add_tokens(
-                ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-            shape = AutoConfig.from_pretrained(base)
-            shape.text_config.vocab_size = len(self.tokenizer)
-            self.model = AutoModel.from_config(shape, dtype=dtype).eval()
-            path, = folder.glob("checkpoint-*/model.pth")
-            state = torch.load(path, map_location=self.model.device)
-            for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
-                change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
-                change *= lora["lora_alpha"] / lora["lora_r"]
-                state[name.replace("lora_A.default", "base_layer")] += change
-            for name in list(state):                 # peft's names -> those of newer transformers
-                short = name.replace("base_layer.", "").removeprefix("base_model.model.")
-                state[short.replace("model.", "language_model.", 1)] = state.pop(name)
-            self.head = state.pop("rm_head.weight").float()
-            del state["lm_head.weight"]
-            self.model.load_state_dict(state)                        # strict: names every misfit
+        config = json.loads((folder / "model_config.json").read_text())
+        data, lora = config["data_config"], config["peft_lora_config"]
+        self.fps, self.norm = data["fps"], config["inference_config"]
+        # patches of 1 image, paired below: asked for 2, it would show each image twice
+        self.processor = Qwen2VLImageProcessor(
+            temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
+        before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
+        check("<|VQ_reward|>" in before and motion,
+              "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
+        self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                     "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+                     f"{before}{motion}")                   # Qwen2-VL's chat format
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer.add_tokens(
+            ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
+        shape = AutoConfig.from_pretrained(base)
+        shape.text_config.vocab_size = len(self.tokenizer)
+        self.model = AutoModel.from_config(shape, dtype=dtype).eval()
+        path, = folder.glob("checkpoint-*/model.pth")
+        state = torch.load(path, map_location=self.model.device)
+        for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
+            change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
+            change *= lora["lora_alpha"] / lora["lora_r"]
+            state[name.replace("lora_A.default", "base_layer")] += change
+        for name in list(state):                 # peft's names -> those of newer transformers
+            short = name.replace("base_layer.", "").removeprefix("base_model.model.")
+            state[short.replace("model.", "language_model.", 1)] = state.pop(name)
+        self.head = state.pop("rm_head.weight").float()
+        del state["lm_head.weight"]
+        self.model.load_state_dict(state)                        # strict: names every misfit
 
     @torch.no_grad()
     def __call__(self, frames):
@@ -1620,24 +1640,6 @@ class Options:
     out: Path = Path("out")         # folder of all that is written
     data: Path = Path(__file__).parent / "tiny_data/world.npz"
     from_scratch: bool = False      # with --toy: train a small teacher too
-
-
-class BadInput(Exception):
-    """What the user gave cannot work. The message is one sentence that says how to mend it."""
-
-
-def check(fine, message):
-    if not fine:
-        raise BadInput(message)
-
-
-@contextlib.contextmanager
-def using(path, mend):
-    """Turn what goes wrong with a file, in whatever kind of exception, into BadInput."""
-    try:
-        yield
-    except Exception as error:
-        raise BadInput(f"{path} cannot be used ({str(error)[:500]!r}): {mend}")
 
 
 def check_config(cfg):
@@ -1910,11 +1912,9 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         command(args, given, dtype)
         return 0
-    except (BadInput, OSError, ImportError, FloatingPointError, KeyboardInterrupt,
+    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:
         reason = str(error) or "stopped; --toy goes on from what is saved; a stream's file plays"
-        if isinstance(error, ImportError):
-            reason += ": pip install diffusers transformers safetensors"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
