@@ -1817,7 +1817,7 @@ def stream(args, given, dtype):
         prompt = script.get(chunk)
         if args.live and select.select([sys.stdin], [], [], 0)[0]:
             prompt = sys.stdin.readline().strip() or prompt
-        if prompt:
+        if prompt is not None:
             bar.desc = prompt
             try:
                 return world.text([prompt])
