@@ -748,22 +748,23 @@ class ToyWorld:
     """
     def __init__(self, cfg, path):
         self.cfg = cfg
-        with using(path, f"make another by tiny_data/make.py, or change --stride {cfg.stride}, "
-                   f"--text-len {cfg.text_len} or --text-dim {cfg.text_dim}"):
+        with using(path, f"make another by tiny_data/make.py, or change --stride {cfg.stride}"):
             file = np.load(path)
             self.captions = file["captions"].tolist()
-            self.prompts = list(dict.fromkeys(self.captions))
-            self.words = sorted(set(" ".join(self.captions).split()))
-            self.text(self.prompts)                                  # is one too long? refused now
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
             self.checksum = zlib.crc32(file["clips"])
             _, frames, *latent = self.encode(self.clips[:1]).shape
+        self.prompts = list(dict.fromkeys(self.captions))
+        self.words = sorted(set(" ".join(self.captions).split()))
         longest = max(cfg.clip, cfg.causal_clip)
-        check(latent == [*cfg.latent] and frames >= longest and cfg.time_stride == 1,
-              f"{path} has latents of {latent} and {frames} frames, which do not fit "
-              f"{[*cfg.latent]}, --clip or --causal-clip {longest} and --time-stride "
-              f"{cfg.time_stride}: change the flags or make another by tiny_data/make.py")
+        check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim
+              and cfg.time_stride == 1,
+              f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
+              f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest}, --text-dim "
+              f"{cfg.text_dim} and --time-stride {cfg.time_stride}: change the flags or make "
+              "another by tiny_data/make.py")
+        self.text(self.prompts)                                      # is one too long? refused now
 
     def text(self, captions):
         """The toy's text encoder: captions to (B, text_len, text_dim).
@@ -773,9 +774,11 @@ class ToyWorld:
         """
         features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
         for row, caption in zip(features, captions):
-            with using(repr(caption), f"give up to {len(row)} words of: {', '.join(self.words)}"):
-                for at, word in enumerate(caption.split()):
-                    row[at, self.words.index(word)] = 1
+            words = caption.split()
+            check(len(words) <= len(row) and set(words) <= set(self.words),
+                  f"{caption!r} must be at most {len(row)} words of: {', '.join(self.words)}")
+            for token, word in zip(row, words):
+                token[self.words.index(word)] = 1
         return features
 
     def encode(self, frames):

@@ -1299,7 +1299,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     if not child:
         command = "python", HERE / "reward_forcing.py", "--live", "--frames", "900", *line.split()
         os.execv(sys.executable, command)
-    screen, script = "", [("red: ", b"pink\n"), ("'pink' cannot be", b"blue square\n"),
+    screen, script = "", [("red: ", b"pink\n"), ("'pink' must be", b"blue square\n"),
                           ("blue square: ", b"\3")]
     with raises(OSError):                                            # the child is gone
         while True:
