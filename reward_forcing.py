@@ -1270,16 +1270,17 @@ def load_weights(model, path):
 class WanWorld:
     """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
     one, a VAE with random weights. What was told once is remembered."""
-    @using("--wan", "give a Diffusers folder of Wan2.1 (pip install diffusers)")
+    @using("Wan2.1's VAE", "pip install diffusers, and give Wan2.1's Diffusers folder as --wan")
     def __init__(self, folder, cfg, dtype):
+        check(not folder or (folder / "vae").is_dir(), f"there is no folder vae in {folder}")
         from diffusers import AutoencoderKLWan as Wan
-        vae = Wan.from_pretrained(folder / "vae", local_files_only=True) if folder else Wan()
+        vae = Wan.from_pretrained(folder / "vae") if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
         self.folder, self.cfg, self.features = folder, cfg, {}
 
-    @using("--wan", "give a Diffusers folder of Wan2.1 (pip install transformers)")
+    @using("Wan2.1's text encoder", "pip install transformers, and see that --wan is complete")
     @torch.no_grad()
     def learn(self, prompts):
         """Keep the features (T, text_dim) of prompts by UMT5-XXL, T tokens of at most text_len. The
@@ -1497,8 +1498,9 @@ class FullRun(Run):
         self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), dtype)
         world = WanWorld(args.wan, cfg, dtype)
-        world.prompts = args.prompts.read_text().splitlines()
-        check(world.prompts, f"{args.prompts} is empty: write a prompt a line")
+        with using(args.prompts, "write a prompt a line, in UTF-8"):
+            world.prompts = args.prompts.read_text().splitlines()
+            check(world.prompts, "it is empty")
         told = [*world.prompts, args.negative]
         world.learn(told)                                            # before a model is loaded
         world.checksum = zlib.crc32(repr(told).encode())
@@ -1826,6 +1828,8 @@ def stream(args, given, dtype):
                 return world.text([prompt])
             except BadInput as error:
                 bar.desc = str(error)
+                if chunk in script:
+                    return world.text([script[chunk]])
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1)
