@@ -1345,7 +1345,9 @@ def tiny_decoder(folder, dtype):
     model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
 
     def decode(latents, past):
-        stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
+        if not past:                                                 # a stream's first chunk
+            past["stream"] = StreamingTAEHV(model)                   # it remembers
+        stream = past["stream"]
         frames = [stream.decode(latents.to(dtype)), *iter(stream.decode, None)]
         return to_bytes(2 * torch.cat(frames, 1).float() - 1)
     return decode
@@ -1745,12 +1747,12 @@ def parse(argv):
     command = given.pop("command")
     name = "--full " * options.get("full", False) + flag(command.__name__)
     check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
-    needs, takes = USES[name]
-    told = set(map(flag, options))
-    extra = told - set(f"--full --out {needs} {takes}".split())
-    check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes --out {needs} "
-          f"{takes}, and what class Config has: leave it out")
-    check(told >= set(needs.split()), f"{name} needs {needs}")
+    needs, takes = (flags.split() for flags in USES[name])
+    told, used = set(map(flag, options)), ["--out", *needs, *takes]
+    extra = told - {"--full", *used}
+    check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes "
+          f"{', '.join(used)}, and what class Config has: leave it out")
+    check(told >= set(needs), f"{name} needs {', '.join(needs)}")
     return command, Options(**options), given
 
 
@@ -1810,7 +1812,7 @@ def stream(args, given, dtype):
         check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
         check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
         script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
-    world.text([*script.values()])                                   # is all of it known?
+    texts = dict(zip(script, world.text([*script.values()]).split(1)))
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
     check(len(start) < chunks, "--start is all of it: raise --frames")
     if args.fp8:
@@ -1824,17 +1826,15 @@ def stream(args, given, dtype):
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
-        prompt = script.get(chunk)
-        if args.live and select.select([sys.stdin], [], [], 0)[0]:
-            prompt = sys.stdin.readline().strip() or prompt
-        if prompt is not None:
-            bar.desc = prompt
+        bar.desc = script.get(chunk, bar.desc)
+        entered = args.live and select.select([sys.stdin], [], [], 0)[0]
+        if entered and (line := sys.stdin.readline().strip()):
+            bar.desc = line
             try:
-                return world.text([prompt])
+                return world.text([line])
             except BadInput as error:
                 bar.desc = str(error)
-                if chunk in script:
-                    return world.text([script[chunk]])
+        return texts.get(chunk)
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1)
@@ -1847,8 +1847,8 @@ def stream(args, given, dtype):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, decode, world.text([args.prompt]), cfg, args.frames, finish,
-                             cache=cache, start=start, steer=steer, reread=args.reread)
+        first, fps, _ = play(student, decode, texts[0], cfg, args.frames, finish, cache=cache,
+                             start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
 
