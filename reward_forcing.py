@@ -101,12 +101,12 @@ class Config:
     drop_caption: float = 0.1       # how often training on data hides it: guidance needs that
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
     guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); the usual w less 1
-    causal_steps: int = 1800
+    causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
-    distill_steps: int = 20         # student updates of Re-DMD
+    distill_steps: int = 60         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
-    student_lr: float = 0.003
+    student_lr: float = 0.0015
     critic_lr: float = 0.01
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
@@ -374,7 +374,7 @@ class EMASinkCache:
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Nothing here carries gradient.
+    out, so positions never grow and a stream never ends. Only train_causal lets the gradient in.
     """
     def __init__(self, cfg):
         self.cfg = cfg
@@ -389,7 +389,6 @@ class EMASinkCache:
         """Frames of context; the position of the next chunk's first frame."""
         return len(self.sink) + len(self.recent)
 
-    @torch.no_grad()
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
         cfg = self.cfg
@@ -416,7 +415,7 @@ class EMASinkCache:
         """Fold a frame that leaves the window into the sink; without a sink it is lost."""
         if self.cfg.sink:
             slot = self.updates % self.cfg.sink                      # = its frame number mod S
-            self.sink[slot].lerp_(frame.float(), 1 - self.cfg.alpha)
+            self.sink[slot] = self.sink[slot].lerp(frame.float(), 1 - self.cfg.alpha)
             self.updates += 1
 
 
@@ -459,7 +458,6 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
             remember(student, x0, text_kv if reread else own_kv, cache)
 
 
-@torch.no_grad()
 def remember(student, x0, text_kv, cache):
     """One more pass, on the clean chunk at sigma 0: later chunks shall see keys and values of the
     frames as they are, not of the noisy ones that the last step saw."""
@@ -589,25 +587,32 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack([*path[::stride], x], 1)
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square):
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
+            through_context=False):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
     Chunk by chunk, through the cache as in streaming. The context carries no gradient, so each
     chunk has its backward pass at once, and only one chunk's activations are alive at a time.
+    With through_context it does: the student learns what to remember, and a whole clip is alive.
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
-    total = 0.0
+    losses = []
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
         loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
-        loss.backward()
-        total += loss.item()
+        losses.append(loss)
+        if not through_context:
+            loss.backward()
         if now[-1] + 1 < clean.shape[1]:                             # the last is nobody's context
-            remember(student, clean[:, now], text_kv, cache)
-    return total
+            with torch.set_grad_enabled(through_context):
+                remember(student, clean[:, now], text_kv, cache)
+    total = torch.stack(losses).sum()
+    if through_context:
+        total.backward()
+    return total.item()
 
 
 def train_causal(run):
@@ -618,6 +623,9 @@ def train_causal(run):
     where a trajectory leads depends on the noise of *later* frames, which a causal student cannot
     see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
     noised data instead, where what comes next follows from what was.
+
+    The gradient also goes through the clean passes, so that it learns what of a frame to remember;
+    Re-DMD, as in the paper, leaves that as it is.
 
     The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
     errors at small sigma more.
@@ -639,7 +647,8 @@ def train_causal(run):
             clean = path[:, -1]
         else:
             noisy = add_noise(clean, noise, sigma)
-        loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
+        loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square,
+                       through_context=True)
         grad_norm = update(student, optimizers, step / cfg.causal_steps)
         run.end_step(step, loss=loss, grad_norm=grad_norm)
 
@@ -905,14 +914,33 @@ def set_seed(*what):
     torch.manual_seed(zlib.crc32(repr(what).encode()))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step moves a matrix alike in all directions (K. Jordan, 2024): its singular
+    values are brought near 1 by five Newton-Schulz iterations. torch.optim.Muon makes them in bf16,
+    which a CPU without bf16 units does 20 times slower; here they are made in float32."""
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
+            lr, momentum = self.param_groups[0]["lr"], self.state[p].setdefault("m", p * 0)
+            momentum.lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95)                          # Nesterov's
+            x = x / x.norm().clamp_min(1e-30)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+            p.mul_(1 - 0.01 * lr).sub_(x, alpha=lr * max(1, len(p) / p.shape[1]) ** 0.5)
+
+
 def make_optimizers(model, lr):
-    """Muon, which moves a matrix alike in all directions, for the blocks; AdamW for the rest. With
-    --adamw, as in the paper, that for all."""
+    """Muon for the blocks' matrices, AdamW for the rest. With --adamw, as in the paper, that for
+    all."""
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
-    return [torch.optim.Muon(matrices, lr, weight_decay=0.01, eps=1e-30),
+    return [Muon(matrices, {"lr": lr}),
             torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20)]
 
 

@@ -96,13 +96,14 @@ def fit_vae(clips):
     return [x.astype(np.float32) for x in (patches.mean(0), basis / scale, (basis * scale).T)]
 
 
-def main(path):
-    rng = random.Random(2512_04678)                                 # random.random() is the same on every Python
+def draw(seed, count):
+    """So many clips of every caption: clips (n, FRAMES, 3, SIZE, SIZE) uint8, captions, speeds and sizes."""
+    rng = random.Random(seed)                                       # random.random() is the same on every Python
     clips, captions, speeds, sizes = [], [], [], []
-    for i in range(CLIPS_PER_CAPTION):
+    for i in range(count):
         for colour in COLOURS:
             for shape in SHAPES:
-                speed = 3.0 * (i + rng.random()) / CLIPS_PER_CAPTION
+                speed = 3.0 * (i + rng.random()) / count
                 size = 5.0 + 2.0 * rng.random()
                 frames, moved = draw_clip(shape, colour, speed, size, 2 * math.pi * rng.random(),
                                           rng.random(), rng.random(), rng.random())
@@ -110,7 +111,11 @@ def main(path):
                 captions.append(f"a {colour} {shape}")
                 speeds.append(moved)
                 sizes.append(size)
-    clips = np.stack(clips)
+    return np.stack(clips), captions, speeds, sizes
+
+
+def main(path):
+    clips, captions, speeds, sizes = draw(2512_04678, CLIPS_PER_CAPTION)
     mean, encode, decode = fit_vae(clips)
     np.savez_compressed(path, clips=clips, captions=captions, speed=speeds, size=sizes,
                         mean=mean, encode=encode, decode=decode)
@@ -133,12 +138,17 @@ def pack(*checkpoints):
 
 
 def causal(clip):
-    """Train a causal student from the shipped teacher, in out/causal (a killed run goes on), and pack both."""
+    """Train a causal student from the shipped teacher, on 1,200 fresh clips, in out/causal (a killed run goes on), and
+    pack both."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     import reward_forcing as rf
-    cfg, out = rf.Config(alpha=0.9, causal_clip=clip), Path("out/causal")
+    import torch
+    cfg, out = rf.Config(alpha=0.9, causal_clip=clip, seed=7), Path("out/causal")
     out.mkdir(parents=True, exist_ok=True)
-    run = rf.Run(cfg, out, rf.ToyWorld(cfg, rf.Options.data))
+    world = rf.ToyWorld(cfg, rf.Options.data)                       # its VAE stays
+    clips, world.captions, *_ = draw(4242, 100)
+    world.clips = torch.tensor(clips)
+    run = rf.Run(cfg, out, world)
     run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
     rf.train_causal(run)
     pack(out / "checkpoint.pt")                                     # the teacher stays as it is, bit for bit
