@@ -104,9 +104,9 @@ class Config:
     causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
-    distill_steps: int = 60         # student updates of Re-DMD
+    distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
-    student_lr: float = 0.0015
+    student_lr: float = 0.003
     critic_lr: float = 0.01
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
