@@ -396,7 +396,7 @@ class EMASinkCache:
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, H, D)
         for frame in chunk.unbind(3):
             if len(self.sink) < cfg.sink:
-                self.sink.append(frame.float())
+                self.sink.append(frame.float().contiguous())
             else:
                 self.recent.append(frame)
         while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
