@@ -374,7 +374,7 @@ class EMASinkCache:
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Only train_causal lets the gradient in.
+    out, so positions never grow and a stream never ends. Only train_causal sends gradient through here.
     """
     def __init__(self, cfg):
         self.cfg = cfg
@@ -592,9 +592,9 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
-    Chunk by chunk, through the cache as in streaming. The context carries no gradient, so each
-    chunk has its backward pass at once, and only one chunk's activations are alive at a time.
-    With through_context it does: the student learns what to remember, and a whole clip is alive.
+    Chunk by chunk, through the cache as in streaming. By default the context carries no gradient,
+    so each chunk has its backward pass at once, and only one chunk's activations are alive.
+    through_context: it carries gradient, to the passes that made it, and a whole clip is alive.
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
@@ -624,8 +624,8 @@ def train_causal(run):
     see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
     noised data instead, where what comes next follows from what was.
 
-    The gradient also goes through the clean passes, so that it learns what of a frame to remember;
-    Re-DMD, as in the paper, leaves that as it is.
+    The gradient also goes through the clean passes, so that it learns what of a frame to remember.
+    In Re-DMD, as in the paper, it does not.
 
     The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
     errors at small sigma more.
@@ -916,8 +916,9 @@ def set_seed(*what):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step moves a matrix alike in all directions (K. Jordan, 2024): its singular
-    values are brought near 1 by five Newton-Schulz iterations. torch.optim.Muon makes them in bf16,
-    which a CPU without bf16 units does 20 times slower; here they are made in float32."""
+    values are brought near 1 by five Newton-Schulz iterations, and taken times sqrt(rows / columns)
+    if that is more; weights decay by .01 lr. It is torch.optim.Muon, but iterates in float32: in
+    bf16 a CPU without bf16 units is 20 times slower."""
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -934,7 +935,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr):
-    """Muon for the blocks' matrices, AdamW for the rest. With --adamw, as in the paper, that for
+    """Muon for the blocks' matrices, AdamW for the rest; with --adamw, as in the paper, AdamW for
     all."""
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]

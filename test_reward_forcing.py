@@ -234,7 +234,7 @@ def test_cache_of_a_long_bfloat16_stream_is_of_constant_size_and_its_sink_is_flo
 
 # ----------------------------------------------------------------------- Losses and gradients
 def one_graph(student, text, cfg, noisy, sigma, clean, cache, through=False):
-    """All chunks' x0 predictions in one graph; regress sends them back chunk by chunk."""
+    """All chunks' x0 predictions in one graph; regress otherwise sends them back one by one."""
     text_kv, made = student.embed_text(text), []
     for now in arange(clean.shape[1]).split(cfg.chunk):
         made.append(rf.predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache))
@@ -706,11 +706,12 @@ def test_every_parameter_is_stepped_once_per_update_by_clipped_gradients(spy):
 
 
 def test_muon_is_that_of_torch_to_the_rounding_of_bfloat16():
-    start, grad = randn(2, 24, 8)
+    start = randn(24, 8)
     ours, theirs = (torch.nn.Parameter(1 * start) for _ in "ab")
-    ours.grad = theirs.grad = grad
-    for optimizer in (rf.Muon([ours], {"lr": 0.1}), torch.optim.Muon([theirs], 0.1, 0.01)):
-        for _ in range(3):
+    optimizers = rf.Muon([ours], {"lr": 0.1}), torch.optim.Muon([theirs], 0.1, 0.01)
+    for _ in range(3):
+        ours.grad = theirs.grad = randn(24, 8)
+        for optimizer in optimizers:
             optimizer.step()
     assert error(ours, theirs) < 0.02 * error(start, theirs)
 
