@@ -374,7 +374,7 @@ class EMASinkCache:
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Only train_causal sends gradient through here.
+    out, so positions never grow and a stream never ends. Only in train_causal it carries gradient.
     """
     def __init__(self, cfg):
         self.cfg = cfg
