@@ -89,7 +89,7 @@ class Config:
     chunk: int = 3                  # L
     sink: int = 3                   # S, 0 for none; 3 = L: the first chunk, which was made at once
     window: int = 9                 # W
-    alpha: float = 0.99             # what the sink keeps at an update; 1 is a static sink
+    alpha: float = 0.999            # what the sink keeps at an update; 1 is a static sink
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
@@ -101,7 +101,7 @@ class Config:
     drop_caption: float = 0.1       # how often training on data hides it: guidance needs that
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
     guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); the usual w less 1
-    causal_steps: int = 1800
+    causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
     distill_steps: int = 20         # student updates of Re-DMD
@@ -374,7 +374,7 @@ class EMASinkCache:
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Nothing here carries gradient.
+    out, so positions never grow and a stream never ends. Only in train_causal it carries gradient.
     """
     def __init__(self, cfg):
         self.cfg = cfg
@@ -389,7 +389,6 @@ class EMASinkCache:
         """Frames of context; the position of the next chunk's first frame."""
         return len(self.sink) + len(self.recent)
 
-    @torch.no_grad()
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
         cfg = self.cfg
@@ -397,7 +396,7 @@ class EMASinkCache:
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, H, D)
         for frame in chunk.unbind(3):
             if len(self.sink) < cfg.sink:
-                self.sink.append(frame.float())
+                self.sink.append(frame.float().contiguous())
             else:
                 self.recent.append(frame)
         while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
@@ -416,7 +415,7 @@ class EMASinkCache:
         """Fold a frame that leaves the window into the sink; without a sink it is lost."""
         if self.cfg.sink:
             slot = self.updates % self.cfg.sink                      # = its frame number mod S
-            self.sink[slot].lerp_(frame.float(), 1 - self.cfg.alpha)
+            self.sink[slot] = self.sink[slot].lerp(frame.float(), 1 - self.cfg.alpha)
             self.updates += 1
 
 
@@ -459,7 +458,6 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
             remember(student, x0, text_kv if reread else own_kv, cache)
 
 
-@torch.no_grad()
 def remember(student, x0, text_kv, cache):
     """One more pass, on the clean chunk at sigma 0: later chunks shall see keys and values of the
     frames as they are, not of the noisy ones that the last step saw."""
@@ -589,25 +587,32 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack([*path[::stride], x], 1)
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square):
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
+            through_context=False):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
 
-    Chunk by chunk, through the cache as in streaming. The context carries no gradient, so each
-    chunk has its backward pass at once, and only one chunk's activations are alive at a time.
+    Chunk by chunk, through the cache as in streaming. By default the context carries no gradient,
+    so each chunk has its backward pass at once, and only one chunk's activations are alive.
+    through_context: it carries gradient, to the passes that made it, and a whole clip is alive.
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
-    total = 0.0
+    losses = []
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
         loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
-        loss.backward()
-        total += loss.item()
+        losses.append(loss)
+        if not through_context:
+            loss.backward()
         if now[-1] + 1 < clean.shape[1]:                             # the last is nobody's context
-            remember(student, clean[:, now], text_kv, cache)
-    return total
+            with torch.set_grad_enabled(through_context):
+                remember(student, clean[:, now], text_kv, cache)
+    total = torch.stack(losses).sum()
+    if through_context:
+        total.backward()
+    return total.item()
 
 
 def train_causal(run):
@@ -618,6 +623,9 @@ def train_causal(run):
     where a trajectory leads depends on the noise of *later* frames, which a causal student cannot
     see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
     noised data instead, where what comes next follows from what was.
+
+    The gradient also goes through the clean passes, so that it learns what of a frame to remember.
+    In Re-DMD, as in the paper, it does not.
 
     The loss is on x0, which is what the student is used for; flow matching's, on v, would count the
     errors at small sigma more.
@@ -639,7 +647,8 @@ def train_causal(run):
             clean = path[:, -1]
         else:
             noisy = add_noise(clean, noise, sigma)
-        loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square)
+        loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square,
+                       through_context=True)
         grad_norm = update(student, optimizers, step / cfg.causal_steps)
         run.end_step(step, loss=loss, grad_norm=grad_norm)
 

@@ -233,27 +233,30 @@ def test_cache_of_a_long_bfloat16_stream_is_of_constant_size_and_its_sink_is_flo
 
 
 # ----------------------------------------------------------------------- Losses and gradients
-def one_graph(student, text, cfg, noisy, sigma, clean, cache):
-    """All chunks' x0 predictions in one graph; regress sends them back chunk by chunk."""
+def one_graph(student, text, cfg, noisy, sigma, clean, cache, through=False):
+    """All chunks' x0 predictions in one graph; regress otherwise sends them back one by one."""
     text_kv, made = student.embed_text(text), []
     for now in arange(clean.shape[1]).split(cfg.chunk):
         made.append(rf.predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache))
         cache.exit = [*cache.newest]
-        rf.remember(student, clean[:, now], text_kv, cache)
+        with torch.set_grad_enabled(through):
+            rf.remember(student, clean[:, now], text_kv, cache)
     return cat(made, 1)
 
 
+@parametrize("through", [False, True])
 @parametrize("recomputed", [False, True])
-def test_regress_gives_the_gradients_of_one_graph(recomputed):
+def test_regress_gives_the_gradients_of_one_graph(recomputed, through):
     student, text = random_model(SMALL).requires_grad_(), random_text(SMALL, 2)
     sigma, weight = rand(2, 12), tensor([0.5, 2.0])                  # the fourth chunk has evicted
     noisy, clean, target = randn(3, 2, 12, *SMALL.latent, dtype=float64)
-    made = one_graph(student, text, SMALL, noisy, sigma, clean, EMASinkCache(SMALL))
+    made = one_graph(student, text, SMALL, noisy, sigma, clean, EMASinkCache(SMALL), through)
     loss = (per_sample(weight) * (made - target) ** 2).mean() / 2
     whole = torch.autograd.grad(loss, [*student.parameters()])
     for block in student.blocks if recomputed else ():               # as FullRun does it
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    total = regress(student, text, SMALL, noisy, sigma, clean, target, weight)
+    total = regress(student, text, SMALL, noisy, sigma, clean, target, weight,
+                    through_context=through)
     assert abs(total - loss) < 1e-10
     assert all(error(p.grad, grad) < 1e-10 for p, grad in zip(student.parameters(), whole))
 
@@ -404,7 +407,7 @@ class LeakyCache(EMASinkCache):
     def append(self):
         self.newest = [[clean + leak - leak.detach() for clean, leak in zip(*layer)]
                        for layer in zip(self.newest, self.exit)]
-        EMASinkCache.append.__wrapped__(self)
+        super().append()
 
     def evict(self, frame):
         pass
@@ -552,7 +555,7 @@ def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(spy, 
     asked, drawn = spy(rf, "regress"), spy(run, "draw_clips")
     rf.train_causal(run)
     step = asked[0]
-    assert step.clean is step.target and step.norm is rf.motion_square
+    assert step.clean is step.target and step.norm is rf.motion_square and step.through_context
     if ode:
         assert equal(step.clean, end(step.text).expand(4, 12, *cfg.latent))
     else:
