@@ -396,6 +396,7 @@ class EMASinkCache:
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, H, D)
         for frame in chunk.unbind(3):
             if len(self.sink) < cfg.sink:
+                # contiguous, as evict makes it: the layout's graph depends on that
                 self.sink.append(frame.float().contiguous())
             else:
                 self.recent.append(frame)
@@ -598,18 +599,18 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
-    losses = []
+    total = 0.0
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
         loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
-        losses.append(loss)
         if not through_context:
             loss.backward()
+            loss = loss.detach()
+        total += loss
         if now[-1] + 1 < clean.shape[1]:                             # the last is nobody's context
             with torch.set_grad_enabled(through_context):
                 remember(student, clean[:, now], text_kv, cache)
-    total = torch.stack(losses).sum()
     if through_context:
         total.backward()
     return total.item()
@@ -921,10 +922,12 @@ class Muon(torch.optim.Optimizer):
     bf16 a CPU without bf16 units is 20 times slower."""
     @torch.no_grad()
     def step(self):
-        for p in self.param_groups[0]["params"]:
+        [group] = self.param_groups
+        lr = group["lr"]
+        for p in group["params"]:
             if p.grad is None:
                 continue
-            lr, momentum = self.param_groups[0]["lr"], self.state[p].setdefault("m", p * 0)
+            momentum = self.state[p].setdefault("m", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             x = p.grad.lerp(momentum, 0.95)                          # Nesterov's
             x = x / x.norm().clamp_min(1e-30)
