@@ -93,8 +93,7 @@ class Config:
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
-    clip: int = 12                  # frames that teacher and critic see at once
-    rollout_clips: int = 2          # clips in a row that the student makes at once in Re-DMD
+    clip: int = 12                  # frames that are judged at once; above W: the sink is updated
     causal_clip: int = 18           # frames per clip of the causal stage: its sink is updated more
     batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
@@ -105,7 +104,7 @@ class Config:
     causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
-    distill_steps: int = 32         # student updates of Re-DMD
+    distill_steps: int = 20         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
@@ -530,8 +529,8 @@ class RewardWeight(nn.Module):
 
     Divided by its running mean, which is not in the paper: the size of a step shall not depend on
     the general size of the rewards. By the mean of its own small batch a great weight would mostly
-    be divided by itself. A batch counts a twentieth, so in the toy's 32 steps the first still has a
-    fifth of the say. There is one mean for all exit steps: batches that stop late, which are
+    be divided by itself. A batch counts a twentieth, so in the toy's 20 steps the first still has a
+    third of the say. There is one mean for all exit steps: batches that stop late, which are
     sharper and move more, weigh more, as far as the clipping of gradients lets them.
     """
     def __init__(self, beta):
@@ -589,7 +588,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack([*path[::stride], x], 1)
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=None, norm=mean_square,
+def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
             through_context=False):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
@@ -597,16 +596,14 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=None, norm=m
     Chunk by chunk, through the cache as in streaming. By default the context carries no gradient,
     so each chunk has its backward pass at once, and only one chunk's activations are alive.
     through_context: it carries gradient, to the passes that made it, and a whole clip is alive.
-    noisy, clean, target (B, F, C, h, w), sigma and weight (B, F), alike in a chunk; None: 1.
+    noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache = EMASinkCache(cfg)
-    weight = torch.ones_like(sigma) if weight is None else weight
     total = 0.0
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
-        loss = regression_loss(x0, target[:, now], weight[:, now[0]], norm)
-        loss = loss * cfg.chunk / clean.shape[1]
+        loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
         if not through_context:
             loss.backward()
             loss = loss.detach()
@@ -661,20 +658,14 @@ def draw_samples(run, student, count):
     """The student's clips x (n, F, C, h, w), all stopped at one denoising step; the noisy frames
     they were predicted from; that step's sigma (n, F); their text; how many frames were folded.
 
-    A rollout is rollout_clips long and cut into clips, which follow one another in the batch. So
-    the student is also judged on how it goes on from its own older frames (2510.02283); by one clip
-    from the start, as the paper does it, small errors that add up in a stream stay unseen.
-
     In the paper the step is random. Here they take turns by count: each is trained as often."""
-    cfg, cache, k = run.cfg, EMASinkCache(run.cfg), run.cfg.rollout_clips
-    text = run.draw_prompts()[::k]                                           # (n / k, T, text_dim)
+    cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
     steps = count % cfg.denoise_steps + 1
-    chunks = rollout(student, text, cfg, lambda index, step: run.draw_noise(cfg.chunk)[::k],
-                     k * cfg.clip // cfg.chunk, steps, cache)
-    x, noisy = (torch.cat(part, 1) for part in zip(*chunks))                 # (n / k, k F, C, h, w)
-    x, noisy = (part.unflatten(1, (k, -1)).flatten(0, 1) for part in (x, noisy))
+    chunks = rollout(student, text, cfg, lambda index, step: run.draw_noise(cfg.chunk),
+                     cfg.clip // cfg.chunk, steps, cache)
+    x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
     sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-    return x, noisy, sigma, text.repeat_interleave(k, 0), cache.updates
+    return x, noisy, sigma, text, cache.updates
 
 
 def train_student(run):
@@ -708,10 +699,6 @@ def train_student(run):
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     negative = run.world.text([run.negative])
-
-    def in_a_row(clips):
-        """The clips of a rollout as one again: (n, F, ...) -> (n / rollout_clips, ..., ...)"""
-        return clips.unflatten(0, (-1, cfg.rollout_clips)).flatten(1, 2)
     parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
     for step in run.stage("student", cfg.distill_steps, *parts):
@@ -740,10 +727,8 @@ def train_student(run):
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
-            factor = torch.ones(len(x)) if cfg.tilt else run.own(weight)
-            factor = factor[:, None].expand_as(exit_sigma) / run.turns       # (n, F)
-            whole = map(in_a_row, (noisy, exit_sigma, x, target, factor))
-            loss += regress(student, text[::cfg.rollout_clips], cfg, *whole,
+            factor = 1.0 if cfg.tilt else run.own(weight)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns,
                             mean_square if cfg.plain_norm else motion_square)
             gap += (x0_real - x0_fake).abs().mean().item() / run.turns
         grad_norm = update(student, student_optimizers, progress)
@@ -1638,7 +1623,7 @@ def dry_run(args, given, dtype, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
     cfg = replace(PRESETS["full"], **given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
-    units_in("micro", args.micro, cfg.rollout_clips)
+    units_in("micro", args.micro, 1)
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
@@ -1720,7 +1705,6 @@ def check_config(cfg):
         "width": 2 * cfg.stride,
         "clip": cfg.chunk,
         "causal_clip": cfg.chunk,
-        "batch": cfg.rollout_clips,
         "sample_steps": cfg.denoise_steps,
         "freq_dim": 2}                                               # a cosine and a sine
     for name, unit in units.items():
@@ -1750,7 +1734,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
-        clip=21, causal_clip=21, rollout_clips=1, batch=64, guidance=3.0, beta=0.5,
+        clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
