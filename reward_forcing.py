@@ -104,7 +104,7 @@ class Config:
     causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
-    distill_steps: int = 20         # student updates of Re-DMD
+    distill_steps: int = 32         # student updates of Re-DMD
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
@@ -529,8 +529,8 @@ class RewardWeight(nn.Module):
 
     Divided by its running mean, which is not in the paper: the size of a step shall not depend on
     the general size of the rewards. By the mean of its own small batch a great weight would mostly
-    be divided by itself. A batch counts a twentieth, so in the toy's 20 steps the first still has a
-    third of the say. There is one mean for all exit steps: batches that stop late, which are
+    be divided by itself. A batch counts a twentieth, so in the toy's 32 steps the first still has a
+    fifth of the say. There is one mean for all exit steps: batches that stop late, which are
     sharper and move more, weigh more, as far as the clipping of gradients lets them.
     """
     def __init__(self, beta):
@@ -692,8 +692,10 @@ def train_student(run):
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("causal"), run.model("causal")      # the average is what streams
-    student_optimizers = make_optimizers(student, cfg.student_lr)
-    critic_optimizers = make_optimizers(critic, cfg.critic_lr)
+    # Little momentum, as the paper's AdamW has none: at first the critic lags behind, and so strong
+    # a gradient would be followed long after it has turned. Here objects grew too large by it.
+    student_optimizers = make_optimizers(student, cfg.student_lr, momentum=0.5)
+    critic_optimizers = make_optimizers(critic, cfg.critic_lr, momentum=0.5)
     # Beyond the paper, --tilt: the weights exp(-reward / beta) go into the critic's loss, and the
     # student's loss has none. Such a critic models student * exp(-reward / beta). DMD makes that
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
@@ -927,9 +929,9 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            momentum = self.state[p].setdefault("m", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95)                          # Nesterov's
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - group["momentum"])
+            x = p.grad.lerp(mean, group["momentum"])                 # Nesterov's
             x = x / x.norm().clamp_min(1e-30)
             for _ in range(5):
                 a = x @ x.T
@@ -937,15 +939,15 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - 0.01 * lr).sub_(x, alpha=lr * max(1, len(p) / p.shape[1]) ** 0.5)
 
 
-def make_optimizers(model, lr):
+def make_optimizers(model, lr, momentum=0.95):
     """Muon for the blocks' matrices, AdamW for the rest; with --adamw, as in the paper, AdamW for
-    all."""
+    all, without momentum."""
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p not in set(matrices)]
-    return [Muon(matrices, {"lr": lr}),
-            torch.optim.AdamW(others, lr / 10, betas=(0.9, 0.95), eps=1e-20)]
+    return [Muon(matrices, {"lr": lr, "momentum": momentum}),
+            torch.optim.AdamW(others, lr / 10, betas=(min(0.9, momentum), 0.95), eps=1e-20)]
 
 
 def update(model, optimizers, progress):
