@@ -108,6 +108,7 @@ class Config:
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
+    momentum: float = 0.5           # of their optimizers; the paper's have none (--adamw)
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
     tilt: bool = False              # weight the critic's loss instead of the student's
@@ -528,9 +529,9 @@ class RewardWeight(nn.Module):
     """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
     Divided by its running mean, which is not in the paper: the size of a step shall not depend on
-    the general size of the rewards. By the mean of its own small batch a great weight would mostly
-    be divided by itself. A batch counts a twentieth, so in the toy's 32 steps the first still has a
-    fifth of the say. There is one mean for all exit steps: batches that stop late, which are
+    the general size of the rewards. Divided by the mean of its own small batch, a great weight
+    would mostly cancel itself. A batch counts a twentieth, so in the toy's 32 steps the first still
+    has a fifth of the say. There is one mean for all exit steps: batches that stop late, which are
     sharper and move more, weigh more, as far as the clipping of gradients lets them.
     """
     def __init__(self, beta):
@@ -692,10 +693,10 @@ def train_student(run):
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("causal"), run.model("causal")      # the average is what streams
-    # Little momentum, as the paper's AdamW has none: at first the critic lags behind, and so strong
-    # a gradient would be followed long after it has turned. Here objects grew too large by it.
-    student_optimizers = make_optimizers(student, cfg.student_lr, momentum=0.5)
-    critic_optimizers = make_optimizers(critic, cfg.critic_lr, momentum=0.5)
+    # Little momentum: at first the critic lags behind, and with .95 its misleading gradients are
+    # followed long after. The student's objects then overshoot their size more.
+    student_optimizers = make_optimizers(student, cfg.student_lr, cfg.momentum)
+    critic_optimizers = make_optimizers(critic, cfg.critic_lr, cfg.momentum)
     # Beyond the paper, --tilt: the weights exp(-reward / beta) go into the critic's loss, and the
     # student's loss has none. Such a critic models student * exp(-reward / beta). DMD makes that
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
@@ -920,7 +921,7 @@ def set_seed(*what):
 class Muon(torch.optim.Optimizer):
     """Momentum whose step moves a matrix alike in all directions (K. Jordan, 2024): its singular
     values are brought near 1 by five Newton-Schulz iterations, and taken times sqrt(rows / columns)
-    if that is more; weights decay by .01 lr. It is torch.optim.Muon, but iterates in float32: in
+    if that is above 1; weights decay by .01 lr. It is torch.optim.Muon, but iterates in float32: in
     bf16 a CPU without bf16 units is 20 times slower."""
     @torch.no_grad()
     def step(self):
@@ -940,8 +941,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, momentum=0.95):
-    """Muon for the blocks' matrices, AdamW for the rest; with --adamw, as in the paper, AdamW for
-    all, without momentum."""
+    """Muon for the blocks' matrices; AdamW for the rest, its momentum at most .9. With --adamw, as in
+    the paper, AdamW for all, without momentum."""
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -951,9 +952,10 @@ def make_optimizers(model, lr, momentum=0.95):
 
 
 def update(model, optimizers, progress):
-    """One step down the gradients; clears them and returns their norm, which is clipped to 1, so
-    that a loud batch counts no more than another; the paper's to 10. The learning rate rises in the
-    first twentieth of a stage, then falls to 0; the paper's is constant; progress in [0, 1]."""
+    """One step down the gradients, whose norm is clipped to 1, so that a loud batch counts no more
+    than another; the paper's to 10. Clears them and returns the norm that they had. The learning
+    rate rises in the first twentieth of a stage, then falls to 0; the paper's is constant; progress
+    in [0, 1]."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0 if model.cfg.adamw else 1.0)
     for optimizer in optimizers:
         rate = 1 if model.cfg.adamw else min(1, 0.05 + 20 * progress) * (1 - progress)
@@ -1692,14 +1694,15 @@ def check_config(cfg):
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
     # what, beside a finite number above 0, a field may be
     none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "ode", "weight_ema",
-                          "ema_start", "plain_norm", "tilt", "shuffle", "adamw", "seed"), 0)
+                          "ema_start", "plain_norm", "tilt", "shuffle", "adamw", "seed",
+                          "momentum"), 0)
     none["beta"] = math.inf
     for name, value in asdict(cfg).items():
         check(0 < value < 2 ** 63 or value == none.get(name),
               f"{name}={value} must be a finite number above 0; 0 only where that means none, and "
               "beta may be inf: plain DMD")
-    check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1,
-          "alpha, drop_caption and weight_ema must be at most 1")
+    check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1 > cfg.momentum,
+          "alpha, drop_caption and weight_ema must be at most 1, and momentum less than that")
     check(not (cfg.tilt and cfg.shuffle), "--shuffle is for the student's weights, which --tilt "
           "does not use: leave one out")
     units = {
