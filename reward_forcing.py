@@ -941,8 +941,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr, momentum=0.95):
-    """Muon for the blocks' matrices; AdamW for the rest, its momentum at most .9. With --adamw, as in
-    the paper, AdamW for all, without momentum."""
+    """Muon for the blocks' matrices; AdamW for the rest, its momentum at most .9. With --adamw, as
+    in the paper, AdamW for all, without momentum."""
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
