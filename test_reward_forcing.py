@@ -584,6 +584,8 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
     [real], [step], critic = teachers, steps, critics[0].model
     assert same(real.teacher.state_dict(), stages["teacher"]["parts"][0])
     assert [call.model for call in updates] == [critic, critic, step.student]
+    for call in updates:                                             # Muon, then AdamW
+        assert call.optimizers[0].defaults["momentum"] == 0.5
     for loss, drawn in zip(critics, samples):
         assert loss.x0 is drawn.result[0] and drawn.student is step.student
     told = real.teacher.embed_text(samples[0].result[3])             # the critic begins as it
@@ -656,7 +658,7 @@ def discs(x, radius=5.0):
     grid = arange(32) + 0.5
     distance = torch.hypot(grid - x, grid[:, None] - 16)
     pixels = 30 + 200 * (radius + 0.5 - distance).clamp(0, 1)
-    return pixels.to(torch.uint8)[None, :, None].repeat(1, 1, 3, 1, 1)
+    return pixels.byte()[None, :, None].repeat(1, 1, 3, 1, 1)
 
 
 TIME = arange(12.0)
@@ -721,12 +723,12 @@ def test_muon_is_that_of_torch_to_the_rounding_of_bfloat16():
 
 
 def test_optimizer_of_the_paper_is_adamw_at_a_constant_rate():
-    model = VideoTransformer(replace(SMALL, adamw=True))
+    model = VideoTransformer(replace(SMALL, adamw=FULL.adamw))
     [adamw] = rf.make_optimizers(model, FULL.student_lr)
     rf.update(model, [adamw], progress=0.5)
     [group] = adamw.param_groups
     assert (group["lr"], *group["betas"], group["weight_decay"]) == (2e-6, 0, 0.999, 0.01)
-    assert type(adamw) is torch.optim.AdamW and FULL.critic_lr == 4e-7 and FULL.adamw
+    assert type(adamw) is torch.optim.AdamW and FULL.critic_lr == 4e-7
 
 
 def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(monkeypatch):
@@ -996,7 +998,7 @@ def test_stream_of_any_length_holds_nothing():
     peaks = []
     with open("stream.webp", "wb", 0) as file:
         for chunk in range(100):
-            frames = randint(255, (12, 3, 3, 64, 64), dtype=torch.uint8)
+            frames = randint(255, (12, 3, 3, 64, 64)).byte()
             rf.write_webp(file, rf.tile(frames, 1))
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[-1] - peaks[20] < 3000                              # kB; the frames are 35,000
@@ -1088,7 +1090,7 @@ def plain_score(model, head, frames, caption):
 @parametrize("rows", [1, 3])
 def test_videoalign_equals_the_plain_computation_for_every_clip(rows):
     model, state = save_videoalign(rows)
-    clips = randint(256, (2, 81, 3, 224, 448), dtype=torch.uint8)
+    clips = randint(256, (2, 81, 3, 224, 448)).byte()
     clips[1, 40:] //= 2
     captions, head = ["a panda", "panda are a panda ."], state[PEFT + "rm_head.weight"]
     scores = videoalign()(clips)
