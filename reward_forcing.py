@@ -100,7 +100,7 @@ class Config:
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
     drop_caption: float = 0.1       # how often training on data hides it: guidance needs that
     sample_steps: int = 16          # Euler steps of the teacher; a multiple of denoise_steps
-    guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); the usual w less 1
+    guidance: float = 0.5           # x0 = cond + guidance (cond - uncond); usual scale - 1
     causal_steps: int = 2400
     causal_lr: float = 0.02
     ode: bool = False               # in that stage regress the teacher's trajectories, as the paper
@@ -218,8 +218,8 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
         self.norm_q = nn.RMSNorm(dim, eps=1e-6)                      # over all heads at once
         self.norm_k = nn.RMSNorm(dim, eps=1e-6)
-        nn.init.normal_(self.q.bias)                                 # with equal biases the first
-        self.k.bias.data.copy_(self.q.bias)                          # attention is to near tokens
+        nn.init.normal_(self.q.bias)                                 # equal biases: at first,
+        self.k.bias.data.copy_(self.q.bias)                          # attend to near tokens
 
     def query(self, x):
         q = self.norm_q(self.q(x))
@@ -264,8 +264,8 @@ class Block(nn.Module):
         h = modulate(x, shift1, scale1).flatten(1, 2)                        # (B, F*N, dim)
         q = self.self_attn.query(h)
         k, v = self.self_attn.key_value(h)
-        keys = torch.cat([context[0], rotate(k, rope)], 1)           # no mask: what is not yet made
-        values = torch.cat([context[1], v], 1)                       # is not there to be seen
+        keys = torch.cat([context[0], rotate(k, rope)], 1)           # no causal mask: the frames
+        values = torch.cat([context[1], v], 1)                       # to come do not exist yet
         attended = self.self_attn(rotate(q, rope), keys, values)
         x = x + gate1 * attended.view_as(x)
 
@@ -529,10 +529,10 @@ class RewardWeight(nn.Module):
     """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
     Divided by its running mean, which is not in the paper: the size of a step shall not depend on
-    the general size of the rewards. Divided by the mean of its own small batch, a great weight
-    would mostly cancel itself. A batch counts a twentieth, so in the toy's 32 steps the first still
-    has a fifth of the say. There is one mean for all exit steps: batches that stop late, which are
-    sharper and move more, weigh more, as far as the clipping of gradients lets them.
+    the general size of the rewards. By the mean of its own small batch a great weight would mostly
+    cancel itself; in the running mean a batch counts a twentieth. There is one mean for all exit
+    steps: batches that stop late, which are sharper and move more, weigh more, as far as the
+    clipping of gradients lets them.
     """
     def __init__(self, beta):
         super().__init__()
@@ -702,6 +702,7 @@ def train_student(run):
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     negative = run.world.text([run.negative])
+    # the first three are saved also under the names that public code reads: see end_step
     parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
     for step in run.stage("student", cfg.distill_steps, *parts):
@@ -982,11 +983,11 @@ def load_shipped(cfg):
     """{stage: as end_step saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
     student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
     stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
-    file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
     for stage in ["teacher"] if cfg.ode else steps:
         model = VideoTransformer(cfg)
         sizes = [p.numel() for p in model.parameters()]
         with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
+            file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
             weights = torch.tensor(file[stage] * np.repeat(file[stage + " scale"], sizes))
         nn.utils.vector_to_parameters(weights, model.parameters())
         stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
@@ -1002,7 +1003,7 @@ class Run:
     stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
-    whole = cut = join = complete = staticmethod(lambda x: x)        # see FullRun
+    whole = cut = join = complete = staticmethod(lambda x: x)        # FullRun's shard
     reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
@@ -1026,7 +1027,7 @@ class Run:
         return model
 
     def each_turn(self, *what):
-        """Set self.turn to 0, 1, ...; each turn draws the same random numbers."""
+        """For each turn: set self.turn, and seed, so that all draw the whole batch's numbers."""
         for self.turn in range(self.turns):
             set_seed(self.cfg.seed, *what)
             yield
@@ -1238,8 +1239,8 @@ def ablate(run, frames):
 
     Prints means over seeds, and means of the differences from Re-DMD with the same seed, with
     standard errors. What Re-DMD gains is what "rewards shuffled" has less: there the weights are
-    as uneven, but blind. ablation.json holds each student's numbers: one that is there is not
-    trained again, so a killed ablation goes on.
+    as uneven, but blind. ablation.json holds each student's numbers, by its whole config: one
+    that is there is not trained again, so a killed ablation goes on.
     """
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
@@ -1248,10 +1249,10 @@ def ablate(run, frames):
     run.out.mkdir(exist_ok=True)
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
-        key = f"{arm}, seed {seed}, {frames} frames"
+        run.cfg = replace(base, seed=seed, **ARMS[arm])
+        key = f"{arm}, {frames} frames, {run.cfg}"
         if key not in done:
-            print(key)
-            run.cfg = replace(base, seed=seed, **ARMS[arm])
+            print(arm, seed)
             run.state["config"] |= asdict(run.cfg)
             run.state["log"] = []
             run.state["stages"].pop("student")
@@ -1359,7 +1360,7 @@ class WanWorld:
         memory from call to call, so decoding by chunks equals decoding the whole.
         """
         z = (latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype)
-        decoder = self.vae.decoder if past else self.vae.decoder.forward
+        decoder = self.vae.decoder if past else self.vae.decoder.forward     # this: not compiled
         memory = past.setdefault("memory", [None] * 99)              # one a convolution, and more
         pixels = [decoder(frame, feat_cache=memory, feat_idx=[0])
                   for frame in self.vae.post_quant_conv(z).split(1, 2)]
@@ -1542,7 +1543,7 @@ class FullRun(Run):
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), dtype)
         world = WanWorld(args.wan, cfg, dtype)
         with using(args.prompts, "write a prompt a line, in UTF-8"):
-            world.prompts = args.prompts.read_text().splitlines()
+            world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
             check(world.prompts, "it is empty")
         told = [*world.prompts, args.negative]
         world.learn(told)                                            # before a model is loaded
@@ -1677,7 +1678,8 @@ class Options:
     weights: Path = None            # with --full: .pt, .safetensors, or a folder of them; with
                                     # --train where the student starts
     wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
-    critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts
+    critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts; read
+                                    # as --weights is
     teacher: Path = None            # with --train: that too, or with --large-teacher Wan2.1-T2V-14B
     large_teacher: bool = False     # --teacher is Wan2.1-T2V-14B
     prompts: Path = None            # with --train: a text file, one prompt a line
@@ -1848,7 +1850,7 @@ def stream(args, given, dtype):
     for frame, prompt in args.then:
         check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
         check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
-        script[cfg.chunks_in(int(frame))] = prompt                   # from which chunk on
+        script[cfg.chunks_in(int(frame), "--then")] = prompt         # from which chunk on
     texts = dict(zip(script, world.text([*script.values()]).split(1)))
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
     check(len(start) < chunks, "--start is all of it: raise --frames")
