@@ -14,7 +14,7 @@ and attends, through a cache of keys and values, to the frames it made before. T
     Re-DMD     distribution matching distillation in which each sample is weighted by how well
                it moves: weight = exp(reward / beta)                -> train_student
 
-    python reward_forcing.py --toy                            # the whole method, in minutes
+    python reward_forcing.py --toy                            # the toy; stages 1, 2 are shipped
     python reward_forcing.py --stream --prompt "a red circle" # then stream what you like
     python reward_forcing.py --toy --ablate                   # both ideas, with controls
     python reward_forcing.py --full --bench                   # the speed of the 1.3B model
