@@ -10,6 +10,7 @@ import pickle
 import pty
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -359,7 +360,7 @@ def test_golden_schedule(golden):
 
 def test_golden_rope_of_128_channels(golden):
     cfg = replace(FULL, height=32, width=48)                         # 2 rows of 3 tokens
-    for first in (0, 6):
+    for first in 0, 6:
         rope = rope_table(cfg, first, 3, "cpu")
         turned = rotate(golden[0]["rope128.x"], rope)
         assert error(turned, golden[0][f"rope128.start{first}"]) < 2e-5
@@ -505,7 +506,7 @@ def make_run(line):
     """A tiny Run in which teacher and ODE student are random."""
     cfg = replace(TOY, **given(f"{TINY} {line}"))
     run = rf.Run(cfg, Path(), rf.ToyWorld(cfg, WORLD))
-    for stage in ("teacher", "causal"):
+    for stage in "teacher", "causal":
         weights = random_model(cfg, float32).state_dict()
         run.state["stages"][stage] = {"step": 0, "parts": [weights]}
     return run
@@ -745,7 +746,7 @@ def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(monkeypatch):
     assert {main(line + " resumed") for _ in "abc"} == {130}
     assert main("--stream --prompt red --out resumed") == 2          # its student is half trained
     assert main(line + " resumed") == 0
-    for name in ("metrics.json", "log.jsonl"):
+    for name in "metrics.json", "log.jsonl":
         assert Path("whole", name).read_text() == Path("resumed", name).read_text()
     assert same(torch.load("whole/checkpoint.pt"), torch.load("resumed/checkpoint.pt"))
 
@@ -932,7 +933,7 @@ def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
             rf.use_float8(model)
         chunks = rollout(model, text, cfg, draw, 5)
         videos[name] = stack([x0 for x0, _ in chunks])
-    for other in ("bfloat16", "float32"):
+    for other in "bfloat16", "float32":
         off = (videos["fp8"] - videos[other]).flatten(1).norm(dim=1)
         off /= videos[other].flatten(1).norm(dim=1)
         with capsys.disabled():
@@ -983,7 +984,7 @@ def test_tiny_vae_decodes_by_the_code_in_its_folder(taehv):
 
 def test_full_size_streams_and_benches(wan, taehv, graphs):
     torch.save(random_model(TINY_WAN, float32).state_dict(), "w.pt")
-    for more in ("--stream", "--stream --vae ."):
+    for more in "--stream", "--stream --vae .":
         assert main(f"{SIZES} {more} --wan {wan} --weights w.pt --prompt panda") == 0
         assert Image.open("out/stream.webp").n_frames == 33
     assert main(f"{SIZES} --bench --wan {wan} --vae .") == 0
@@ -1262,7 +1263,7 @@ def test_toy_writes_every_file_and_its_losses_fall(trained):
     assert {path.suffix for path in trained.iterdir()} == set(".png .gif .jsonl .pt .json".split())
     assert Image.open(trained / "stream.gif").size == (384, 288)   # 4 x 3 captions, x 3
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    for stage, part in (("teacher", 0.9), ("causal", 1.0)):          # the second starts low
+    for stage, part in ("teacher", 0.9), ("causal", 1.0):            # the second starts low
         losses = [line["loss"] for line in log if line["stage"] == stage]
         assert np.mean(losses[-3:]) < part * np.mean(losses[:2])
     assert log[-1]["sink_updates"] == 3 and log[-1]["weight_min"] < log[-1]["weight_max"]
@@ -1300,6 +1301,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     line, file = f"--stream --prompt red --out {trained}", trained / "stream.webp"
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a shell's background ignores Ctrl-C
         command = "python", HERE / "reward_forcing.py", "--live", "--frames", "900", *line.split()
         os.execv(sys.executable, command)
     screen, script = "", [("red: ", b"pink\n"), ("'pink' must be", b"blue square\n"),
