@@ -983,14 +983,14 @@ def load_shipped(cfg):
     """{stage: as end_step saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
     student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
     stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
-    for stage in ["teacher"] if cfg.ode else steps:
-        model = VideoTransformer(cfg)
-        sizes = [p.numel() for p in model.parameters()]
-        with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
-            file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
+    with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
+        file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
+        for stage in ["teacher"] if cfg.ode else steps:
+            model = VideoTransformer(cfg)
+            sizes = [p.numel() for p in model.parameters()]
             weights = torch.tensor(file[stage] * np.repeat(file[stage + " scale"], sizes))
-        nn.utils.vector_to_parameters(weights, model.parameters())
-        stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
+            nn.utils.vector_to_parameters(weights, model.parameters())
+            stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
     return stages
 
 
@@ -1003,7 +1003,7 @@ class Run:
     stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
-    whole = cut = join = complete = staticmethod(lambda x: x)        # FullRun's shard
+    whole = cut = join = complete = staticmethod(lambda x: x)        # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
