@@ -1087,14 +1087,14 @@ class Run:
         return self.bar
 
     def end_step(self, step, **numbers):
-        """Log the numbers; now and then save. FloatingPointError if one is not finite."""
+        """Log the numbers; save twenty times a stage. FloatingPointError if one is not finite."""
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
         numbers, state = self.complete(numbers), self.state
         self.bar.set_postfix(numbers, refresh=False)
         state["log"].append({"stage": self.name, "step": step, **numbers})
-        if step + 1 == self.steps or step % max(1, self.steps // 20) == 0:
+        if step + 1 == self.steps or step % math.ceil(self.steps / 20) == 0:
             parts = [self.join(part.state_dict()) for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
