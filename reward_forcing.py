@@ -1898,19 +1898,8 @@ def bench(args, given, dtype):
     decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
-    for rung in "eager", "compiled", "VAE compiled", "attention", "tiny VAE", "fp8":
-        if rung == "compiled":
-            compile_student(student)
-        elif rung == "VAE compiled":
-            world.compile()
-        elif rung == "attention":
-            fastest_attention(cfg, dtype)
-        elif rung == "tiny VAE":
-            if not args.vae:
-                continue
-            decode = tiny_decoder(args.vae, dtype)
-        elif rung == "fp8":
-            use_float8(student)
+
+    def climb(rung):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         (_, _, cold), (first, fps, warm), (_, alone, _) = (
@@ -1920,6 +1909,18 @@ def bench(args, given, dtype):
         table[rung] = fps, fps / eager, alone, first, cold - warm, memory
         print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
         (args.out / "bench.json").write_text(json.dumps(table, indent=1))
+    climb("eager")
+    compile_student(student)
+    climb("compiled")
+    world.compile()
+    climb("VAE compiled")
+    fastest_attention(cfg, dtype)
+    climb("attention")
+    if args.vae:
+        decode = tiny_decoder(args.vae, dtype)
+        climb("tiny VAE")
+    use_float8(student)
+    climb("fp8")
 
 
 def toy(args, given, dtype):
