@@ -1819,7 +1819,7 @@ def open_full(args, given, dtype):
     world = WanWorld(args.wan, cfg, dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
-        student = VideoTransformer(cfg).to(dtype)
+        student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
     return student.to(device, dtype), world, cfg
