@@ -1846,12 +1846,12 @@ def stream(args, given, dtype):
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, world, cfg = (open_full if args.full else open_toy)(args, given, dtype)
     chunks = cfg.chunks_in(args.frames)
-    script = {0: args.prompt}
+    script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
         check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
         check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
-        script[cfg.chunks_in(int(frame), "--then")] = prompt         # from which chunk on
-    texts = dict(zip(script, world.text([*script.values()]).split(1)))
+        script[cfg.chunks_in(int(frame), "--then")] = prompt
+    text = world.text([args.prompt, *script.values()])[:1]           # all: refused, learned now
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
     check(len(start) < chunks, "--start is all of it: raise --frames")
     if args.fp8:
@@ -1865,15 +1865,15 @@ def stream(args, given, dtype):
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
-        bar.desc = script.get(chunk, bar.desc)
-        entered = args.live and select.select([sys.stdin], [], [], 0)[0]
-        if entered and (line := sys.stdin.readline().strip()):
-            bar.desc = line
+        prompt = script.get(chunk)
+        if args.live and select.select([sys.stdin], [], [], 0)[0]:
+            prompt = sys.stdin.readline().strip() or prompt
+        if prompt is not None:
+            bar.desc = prompt
             try:
-                return world.text([line])
+                return world.text([prompt])
             except BadInput as error:
                 bar.desc = str(error)
-        return texts.get(chunk)
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1)
@@ -1886,7 +1886,7 @@ def stream(args, given, dtype):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, decode, texts[0], cfg, args.frames, finish, cache=cache,
+        first, fps, _ = play(student, decode, text, cfg, args.frames, finish, cache=cache,
                              start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
