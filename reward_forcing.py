@@ -1848,8 +1848,8 @@ def stream(args, given, dtype):
     chunks = cfg.chunks_in(args.frames)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
-        check(frame.isdecimal(), f"--then {frame}: give a frame and a prompt")
-        check(int(frame) < args.frames, f"--then {frame} is after the end: raise --frames")
+        check(frame.isdecimal() and int(frame) < args.frames,
+              f"--then {frame}: give a frame before the end, {args.frames}, and a prompt")
         script[cfg.chunks_in(int(frame), "--then")] = prompt
     text = world.text([args.prompt, *script.values()])[:1]           # all: refused, learned now
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()

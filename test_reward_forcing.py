@@ -1349,7 +1349,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--bench | none of the commands --toy, --stream, --full --stream",
     "--stream --prompt red --then ten blue | --then ten",
     "--stream --prompt red --then 10 blue | 9 or 12",
-    "--stream --prompt red --then 240 blue | after the end",
+    "--stream --prompt red --then 240 blue | before the end, 240",
     "--stream --prompt red --data {}/../other.npz | in another world",
     "--stream --prompt red --start README.md | README.md",
     "--stream --prompt red --start {}/stream.gif --frames 6 | raise --frames",
