@@ -1105,7 +1105,7 @@ class Run:
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
-def play(student, decode, text, cfg, frames, finish, **others):
+def play(student, decode, text, frames, finish, **others):
     """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
     Returns the seconds of the first chunk, video frames per second by the median of the chunks'
     second half, the seconds of all. BadInput unless frames make whole chunks.
@@ -1114,7 +1114,7 @@ def play(student, decode, text, cfg, frames, finish, **others):
     start, steer and reread. Decoding, copying and finish have a thread of their own, beside the
     next chunk's passes. At most two chunks are held.
     """
-    past, clock = {}, [time.perf_counter()]
+    cfg, past, clock = student.cfg, {}, [time.perf_counter()]
     beside = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def job(x0):
@@ -1189,7 +1189,7 @@ def stream_all(run, stage, frames, repeats=1):
     """Every caption, streamed by the student of a stage: (video (B, F, ...), the captions)."""
     captions, video = run.world.prompts * repeats, []
     text = run.world.text(captions)
-    play(run.model(stage), run.world.decode, text, run.cfg, frames, video.append)
+    play(run.model(stage), run.world.decode, text, frames, video.append)
     return torch.cat(video, 1).to(text.device), captions
 
 
@@ -1886,7 +1886,7 @@ def stream(args, given, dtype):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, decode, text, cfg, args.frames, finish, cache=cache,
+        first, fps, _ = play(student, decode, text, args.frames, finish, cache=cache,
                              start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
@@ -1903,7 +1903,7 @@ def bench(args, given, dtype):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         (_, _, cold), (first, fps, warm), (_, alone, _) = (
-            play(student, each, text, cfg, args.frames, len) for each in (decode, decode, None))
+            play(student, each, text, args.frames, len) for each in (decode, decode, None))
         eager = table["eager"][0] if table else fps
         memory = torch.cuda.max_memory_allocated() / 1e9
         table[rung] = fps, fps / eager, alone, first, cold - warm, memory

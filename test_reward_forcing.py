@@ -1054,7 +1054,7 @@ def test_play_hands_every_chunk_on_in_order_and_holds_at_most_two():
         time.sleep(0.1)                                              # slower than the model
         seen.append(latents)
         ahead.append(len(made) - len(seen))                          # the first is not asked for
-    rf.play(model, None, text, SMALL, 18, finish, steer=made.append)
+    rf.play(model, None, text, 18, finish, steer=made.append)
     rf.set_seed(SMALL.seed, "stream")
     assert same(seen, [x0 for x0, _ in rollout(model, text, SMALL, chunks=6)]) and max(ahead) <= 1
 
