@@ -1749,15 +1749,15 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
-USES = {                         # the options that a command needs and takes, beside --out
-    "--toy": ("", "--ablate --frames --data --from-scratch"),
-    "--stream": ("--prompt", "--compile --fp8 --then --reread --live --start --frames --data"),
-    "--full --stream": ("--weights --wan --prompt",
-                        "--compile --fp8 --then --reread --live --start --frames --vae"),
-    "--full --bench": ("", "--weights --wan --vae --frames"),
-    "--full --train": ("--weights --critic --teacher --wan --prompts --reward",
-                       "--large-teacher --negative --micro"),
-    "--full --dry-run": ("", "--large-teacher --micro"),
+USES = {                         # what options a command needs | and may have, beside --out
+    "--toy": "| --ablate --frames --data --from-scratch",
+    "--stream": "--prompt | --compile --fp8 --then --reread --live --start --frames --data",
+    "--full --stream": "--weights --wan --prompt | "
+                       "--compile --fp8 --then --reread --live --start --frames --vae",
+    "--full --bench": "| --weights --wan --vae --frames",
+    "--full --train": "--weights --critic --teacher --wan --prompts --reward | "
+                      "--large-teacher --negative --micro",
+    "--full --dry-run": "| --large-teacher --micro",
 }
 
 
@@ -1782,17 +1782,18 @@ def parse(argv):
         value = {"type": f.type, "help": f"[{f.default}]"}
         parser.add_argument(flag(f.name), **actions.get(f.type, value))
     given = vars(parser.parse_args(argv))
-    options = {name: given.pop(name) for name in vars(Options()) if name in given}
     command = given.pop("command")
-    name = "--full " * options.get("full", False) + flag(command.__name__)
+    options = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
+    args = Options(**options)
+    name = "--full " * args.full + flag(command.__name__)
     check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
-    needs, takes = (flags.split() for flags in USES[name])
+    needs, takes = (flags.split() for flags in USES[name].split("|"))
     told, used = set(map(flag, options)), ["--out", *needs, *takes]
     extra = told - {"--full", *used}
     check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes "
           f"{', '.join(used)}, and what class Config has: leave it out")
     check(told >= set(needs), f"{name} needs {', '.join(needs)}")
-    return command, Options(**options), given
+    return command, args, given
 
 
 def open_toy(args, given, dtype):
