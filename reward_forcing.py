@@ -1694,13 +1694,12 @@ class Options:
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    # what, beside a finite number above 0, a field may be
-    none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "ode", "momentum",
-                          "plain_norm", "tilt", "shuffle", "weight_ema", "ema_start", "adamw",
-                          "seed"), 0)
+    # what, beside a finite number above 0 and a switch that is off, a field may be
+    none = dict.fromkeys(("sink", "alpha", "drop_caption", "guidance", "momentum", "weight_ema",
+                          "ema_start", "seed"), 0)
     none["beta"] = math.inf
     for name, value in asdict(cfg).items():
-        check(0 < value < 2 ** 63 or value == none.get(name),
+        check(0 < value < 2 ** 63 or value is False or value == none.get(name),
               f"{name}={value} must be a finite number above 0; 0 only where that means none, and "
               "beta may be inf: plain DMD")
     check(max(cfg.alpha, cfg.drop_caption, cfg.weight_ema) <= 1 and cfg.momentum < 1,
