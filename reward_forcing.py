@@ -973,6 +973,10 @@ def write_safely(path, write):
     os.replace(temporary, path)
 
 
+def write_json(path, numbers):
+    write_safely(path, lambda p: p.write_text(json.dumps(numbers, indent=1)))
+
+
 def load_checkpoint(path):
     with using(path, "delete it, if it is there, and train anew, with --toy"):
         return torch.load(path, map_location="cpu", weights_only=True,
@@ -1216,7 +1220,7 @@ def report(run, frames):
     for name, what in shown.items():
         rows[name] = measure(cfg.chunk, *what)
         print(f"{name:16}", rows[name])
-    (run.out / "metrics.json").write_text(json.dumps(rows, indent=1))
+    write_json(run.out / "metrics.json", rows)
 
 
 # ----------------------------------------------------------------------------------- Ablation
@@ -1258,7 +1262,7 @@ def ablate(run, frames):
             run.state["stages"].pop("student")
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
-            write_safely(path, lambda p: p.write_text(json.dumps(done, indent=1)))
+            write_json(path, done)
         rows.append(list(done[key].values()))
 
     numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))          # the last: measures
@@ -1908,7 +1912,7 @@ def bench(args, given, dtype):
         memory = torch.cuda.max_memory_allocated() / 1e9
         table[rung] = fps, fps / eager, alone, first, cold - warm, memory
         print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
-        (args.out / "bench.json").write_text(json.dumps(table, indent=1))
+        write_json(args.out / "bench.json", table)
     climb("eager")
     compile_student(student)
     climb("compiled")
