@@ -1937,14 +1937,12 @@ def toy(args, given, dtype):
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        settled = ["teacher", "heads", "rope", "drop", "sigma_shift", "text_len"]
+        settled = "teacher", "heads", "rope", "drop", "sigma_shift", "text_len"
         if not cfg.ode:
             settled += "causal", "chunk", "denoise"
-        early = [name for name in given if name.startswith(tuple(settled))]
-        if not args.data.samefile(Options.data):
-            early.append("data")
-        check(not early, f"{early} are settled, for teacher and causal student are shipped: add "
-              "--from-scratch")
+        early = [name for name in given if name.startswith(settled)]
+        check(not early and args.data.samefile(Options.data), f"{early or ['data']} are settled, "
+              "for teacher and causal student are shipped: add --from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
     train_teacher(run)
     train_causal(run)
