@@ -1752,15 +1752,15 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
-USES = {                         # what options a command needs | and may have, beside --out
-    "--toy": "| --ablate --frames --data --from-scratch",
-    "--stream": "--prompt | --compile --fp8 --then --reread --live --start --frames --data",
+USES = {                         # what options a command needs | and may have
+    "--toy": "| --ablate --frames --data --from-scratch --out",
+    "--stream": "--prompt | --compile --fp8 --then --reread --live --start --frames --data --out",
     "--full --stream": "--weights --wan --prompt | "
-                       "--compile --fp8 --then --reread --live --start --frames --vae",
-    "--full --bench": "| --weights --wan --vae --frames",
+                       "--compile --fp8 --then --reread --live --start --frames --vae --out",
+    "--full --bench": "| --weights --wan --vae --frames --out",
     "--full --train": "--weights --critic --teacher --wan --prompts --reward | "
-                      "--large-teacher --negative --micro",
-    "--full --dry-run": "| --large-teacher --micro",
+                      "--large-teacher --negative --micro --out",
+    "--full --dry-run": "| --large-teacher --micro --out",
 }
 
 
@@ -1791,10 +1791,10 @@ def parse(argv):
     name = "--full " * args.full + flag(command.__name__)
     check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
     needs, takes = (flags.split() for flags in USES[name].split("|"))
-    told, used = set(map(flag, options)), ["--out", *needs, *takes]
-    extra = told - {"--full", *used}
+    told = set(map(flag, options))
+    extra = told - {"--full", *needs, *takes}
     check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes "
-          f"{', '.join(used)}, and what class Config has: leave it out")
+          f"{', '.join(needs + takes)}, and what class Config has: leave it out")
     check(told >= set(needs), f"{name} needs {', '.join(needs)}")
     return command, args, given
 
