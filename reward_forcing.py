@@ -1711,6 +1711,7 @@ def check_config(cfg):
     check(not (cfg.tilt and cfg.shuffle), "--shuffle is for the student's weights, which --tilt "
           "does not use: leave one out")
     units = {
+        "dim": 2 * cfg.heads,                                        # RoPE turns pairs in a head
         "height": 2 * cfg.stride,                                    # a token: 2 x 2 latent pixels
         "width": 2 * cfg.stride,
         "clip": cfg.chunk,
@@ -1719,8 +1720,8 @@ def check_config(cfg):
         "freq_dim": 2}                                               # a cosine and a sine
     for name, unit in units.items():
         units_in(name, getattr(cfg, name), unit)
-    check(cfg.dim % (2 * cfg.heads) == 0 and cfg.head_dim >= 6, f"heads={cfg.heads} must "
-          f"split dim={cfg.dim} into even parts of 6 or more: 3-D RoPE turns pairs of channels")
+    check(cfg.head_dim >= 6, f"heads={cfg.heads} must split dim={cfg.dim} into parts of 6 or more: "
+          "3-D RoPE turns three pairs of channels at least")
     check(cfg.window >= cfg.sink + cfg.chunk, f"window={cfg.window} cannot hold sink="
           f"{cfg.sink} and chunk={cfg.chunk}: try --window {cfg.sink + 2 * cfg.chunk}")
 

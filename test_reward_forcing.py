@@ -1363,7 +1363,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --window 5 | --window 9",
     "--toy --from-scratch --chunk 0 | chunk=0",
     "--toy --from-scratch --beta nan | beta=nan",
-    "--toy --from-scratch --dim 130 | heads=8 must split dim=130",
+    "--toy --from-scratch --dim 130 | dim=130 does not fit, it goes in steps of 16: try 128 or 144",
     "--toy --from-scratch --heads 32 | RoPE",
     "--toy --from-scratch --sample-steps 10 | try 8 or 12",
     "--toy --from-scratch --frames 10 | 9 or 12",
