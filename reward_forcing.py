@@ -850,22 +850,20 @@ def steady_motion(area, centre):
 
 
 def shape_overlaps(mask, area, centre):
-    """(B, F, 3): intersection over union of each mask with a circle, a square and a triangle of its
+    """(3, B, F): intersection over union of each mask with a circle, a square and a triangle of its
     own area and centre; NaN where there is no object."""
     dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
     dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
-    shapes = [                                   # the size of a shape that reaches a pixel; its
-        (torch.hypot(dx, dy), math.pi),          # area at size 1
-        (torch.maximum(dx.abs(), dy.abs()), 4),
-        (torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2), 27 ** 0.5),
-    ]
-    overlaps = []
-    for reach, unit in shapes:
-        size = (area / unit).sqrt()[..., None, None]
-        drawn = (size - reach + 0.5).clamp(0, 1)                             # (B, F, height, width)
-        either = torch.maximum(drawn, mask).sum((2, 3))
-        overlaps.append(torch.minimum(drawn, mask).sum((2, 3)) / either)
-    return torch.stack(overlaps, 2)
+    reach = torch.stack([                        # the size of a shape that reaches a pixel
+        torch.hypot(dx, dy),
+        torch.maximum(dx.abs(), dy.abs()),
+        torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2),
+    ])                                                               # (3, B, F, height, width)
+    unit = torch.tensor([math.pi, 4, 27 ** 0.5])                     # their areas at size 1
+    size = (area / unit[:, None, None]).sqrt()[..., None, None]
+    drawn = (size - reach + 0.5).clamp(0, 1)
+    either = torch.maximum(drawn, mask).sum((3, 4))
+    return torch.minimum(drawn, mask).sum((3, 4)) / either
 
 
 def measure(chunk, video, captions, last=0):
@@ -885,10 +883,10 @@ def measure(chunk, video, captions, last=0):
     frames = video[:, -last:]
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
-    named = [[shape in caption for shape in ("circle", "square", "triangle")]
-             for caption in captions]
-    overlaps = shape_overlaps(mask, area, centre)                            # (B, F, 3)
-    quality = (overlaps * torch.tensor(named)[:, None]).sum(2)               # the captioned one's
+    named = torch.tensor([[shape in caption for caption in captions]         # (3, B)
+                          for shape in ("circle", "square", "triangle")])
+    overlaps = shape_overlaps(mask, area, centre)                            # (3, B, F)
+    quality = (overlaps * named[..., None]).sum(0)                           # the captioned one's
     move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
     at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
@@ -897,7 +895,7 @@ def measure(chunk, video, captions, last=0):
     pixels = video.flatten(2).float()
     unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
     numbers = {
-        "shape": quality == overlaps.amax(2),                        # NaN equals nothing
+        "shape": quality == overlaps.amax(0),                        # NaN equals nothing
         "agree": agreement(centre),
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
