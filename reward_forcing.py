@@ -554,7 +554,8 @@ class RewardWeight(nn.Module):
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
-    teacher = run.model()
+    set_seed(cfg.seed)
+    teacher = VideoTransformer(cfg)
     optimizers = make_optimizers(teacher, cfg.teacher_lr)
     for step in run.stage("teacher", cfg.teacher_steps, teacher, *optimizers):
         set_seed(cfg.seed, "teacher", step)
@@ -1018,14 +1019,12 @@ class Run:
             check(not differ, f"what is in {out} was not trained with {differ}: match it or choose "
                   "another --out")
 
-    def model(self, stage=None):
-        """A VideoTransformer with the weights that a stage made, or fresh. The critic starts as the
+    def model(self, stage):
+        """A VideoTransformer with the weights that a stage made; the critic starts as the
         teacher."""
-        set_seed(self.cfg.seed)
+        made_by = "teacher" if stage == "critic" else stage
         model = VideoTransformer(self.cfg)
-        if stage:
-            made_by = "teacher" if stage == "critic" else stage
-            model.load_state_dict(self.state["stages"][made_by]["parts"][0])
+        model.load_state_dict(self.state["stages"][made_by]["parts"][0])
         return model
 
     def each_turn(self, *what):
