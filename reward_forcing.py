@@ -928,8 +928,6 @@ class Muon(torch.optim.Optimizer):
         [group] = self.param_groups
         lr = group["lr"]
         for p in group["params"]:
-            if p.grad is None:
-                continue
             mean = self.state[p].setdefault("mean", torch.zeros_like(p))
             mean.lerp_(p.grad, 1 - group["momentum"])
             x = p.grad.lerp(mean, group["momentum"])                 # Nesterov's

@@ -746,6 +746,8 @@ def test_every_parameter_is_stepped_once_per_update_by_clipped_gradients(spy):
     owned = sum((group["params"] for o in optimizers for group in o.param_groups), [])
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
     stepped = [spy(optimizer, "step") for optimizer in optimizers]
+    for other in model.parameters():
+        other.grad = torch.zeros_like(other)
     p.grad = grad = torch.full_like(p, 0.5)
     assert rf.update(model, optimizers, progress=0.5) == 4.0         # the norm before clipping
     assert [len(calls) for calls in stepped] == [1, 1] and p.grad is None
