@@ -1080,7 +1080,7 @@ class Run:
         self.name, self.steps, self.parts = name, steps, parts
         saved = self.state["stages"].get(name, {"step": 0, "parts": []})
         for part, state in zip(parts, saved["parts"]):
-            part.load_state_dict(self.cut(state))
+            part.load_state_dict(tree_map_only(torch.Tensor, self.cut, state))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
                         disable=self.rank > 0)
         return self.bar
@@ -1094,7 +1094,8 @@ class Run:
         self.bar.set_postfix(numbers, refresh=False)
         state["log"].append({"stage": self.name, "step": step, **numbers})
         if step + 1 == self.steps or step % math.ceil(self.steps / 20) == 0:
-            parts = [self.join(part.state_dict()) for part in self.parts]
+            parts = [tree_map_only(torch.Tensor, self.join, part.state_dict())
+                     for part in self.parts]
             state["stages"][self.name] = {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
@@ -1573,20 +1574,17 @@ class FullRun(Run):
         """What all processes have of a batch, from what this one has."""
         return self.tensor.DTensor.from_local(x, *self.layout).full_tensor()
 
-    def cut(self, state):
-        """A state dict's tensors in parts."""
-        def part(p):
-            if p.dim() == 0:                 # it counts steps
-                return p
-            return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
-        return tree_map_only(torch.Tensor, part, state)
+    def cut(self, p):
+        """A state dict's tensor in parts; a single number stays whole."""
+        if p.dim() == 0:
+            return p
+        return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
 
-    def join(self, state):
+    def join(self, p):
         """The inverse, on the CPU of the first process."""
-        def whole(p):
+        if isinstance(p, self.tensor.DTensor):
             p = p.full_tensor()
-            return None if self.rank else p.cpu()
-        return tree_map_only(self.tensor.DTensor, whole, state)
+        return None if self.rank else p.cpu()
 
     def complete(self, numbers):
         """Means over the processes, and since the last call: tokens rolled out per second, the most
