@@ -1004,7 +1004,7 @@ class Run:
     stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
-    whole = cut = join = complete = staticmethod(lambda x: x)        # sharding: see FullRun
+    whole = cut = join = staticmethod(lambda x: x)        # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
@@ -1090,7 +1090,7 @@ class Run:
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
-        numbers, state = self.complete(numbers), self.state
+        state = self.state
         self.bar.set_postfix(numbers, refresh=False)
         state["log"].append({"stage": self.name, "step": step, **numbers})
         if step + 1 == self.steps or step % math.ceil(self.steps / 20) == 0:
@@ -1586,16 +1586,17 @@ class FullRun(Run):
             p = p.full_tensor()
         return None if self.rank else p.cpu()
 
-    def complete(self, numbers):
-        """Means over the processes, and since the last call: tokens rolled out per second, the most
-        GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
+    def end_step(self, step, **numbers):
+        """Log means over the processes, and since the last step: tokens rolled out per second, the
+        most GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
         cfg, before, self.clock = self.cfg, self.clock, time.perf_counter()
         seconds = self.clock - before
         tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
-        return dict(zip(numbers, means), tokens_per_second=tokens / seconds,
-                    memory=torch.cuda.max_memory_allocated() / 1e9,
-                    utilisation=step_flops(cfg, self.teacher) / seconds / self.processes / PEAK)
+        super().end_step(
+            step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
+            memory=torch.cuda.max_memory_allocated() / 1e9,
+            utilisation=step_flops(cfg, self.teacher) / seconds / self.processes / PEAK)
 
 
 PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
