@@ -1536,7 +1536,7 @@ class FullRun(Run):
         from torch.distributed import tensor                         # late: it takes half a second
         self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
         self.rank, self.processes = mesh.get_rank(), mesh.size()
-        self.turns = units_in("batch", cfg.batch, mesh.size() * args.micro)
+        self.turns = units_in("batch", cfg.batch, self.processes * args.micro)
         self.teacher, self.dtype = teacher, dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
