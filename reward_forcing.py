@@ -1382,9 +1382,7 @@ def tiny_decoder(folder, dtype):
     model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
 
     def decode(latents, past):
-        if not past:                                                 # a stream's first chunk
-            past["stream"] = StreamingTAEHV(model)                   # it remembers
-        stream = past["stream"]
+        stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
         frames = [stream.decode(latents.to(dtype)), *iter(stream.decode, None)]
         return to_bytes(2 * torch.cat(frames, 1).float() - 1)
     return decode
