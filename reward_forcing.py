@@ -1399,8 +1399,8 @@ def compile_student(student):
 
 def fastest_attention(cfg, dtype):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Prints and returns {name: seconds}, inf for what is not there. Graphs
-    are made anew, for the kernel is a part of them."""
+    a chunk in a full window. Prints and returns {name: seconds} of those that are there. Graphs are
+    made anew, for the kernel is a part of them."""
     tokens = cfg.rows * cfg.cols
     k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
     q = k[:, :, :cfg.chunk * tokens]
@@ -1416,11 +1416,9 @@ def fastest_attention(cfg, dtype):
         elif attention.current_flash_attention_impl():
             attention.restore_flash_attention_impl()
     for name in "flash", "cudnn", "FA3", "FA4":
-        try:
+        with contextlib.suppress(RuntimeError, ImportError, ValueError):     # it is not there
             choose(name)
             times[name] = timer.blocked_autorange().median
-        except (RuntimeError, ImportError, ValueError):
-            times[name] = math.inf
     choose(min(times, key=times.get))
     torch.compiler.reset()
     print("seconds of an attention:", times)
