@@ -194,11 +194,12 @@ def rope_table(cfg, first, frames, device):
 
 
 def rotate(x, rope):
-    """RoPE: turn each (even, odd) pair of channels of x (..., T, H, D) by its token's angle."""
+    """RoPE: turn each (even, odd) pair of channels of x (..., T, dim) by its token's angle, in all
+    heads alike."""
     cos, sin = rope
-    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, cos.shape[-1], 2)).unbind(-1)    # (..., T, H, D/2)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return turned.flatten(-2).type_as(x)
+    return turned.flatten(-3).type_as(x)
 
 
 def unpatchify(x, rows):
@@ -221,19 +222,18 @@ class Attention(nn.Module):
         nn.init.normal_(self.q.bias)                                 # equal biases: at first,
         self.k.bias.data.copy_(self.q.bias)                          # attend to near tokens
 
-    def query(self, x):
-        q = self.norm_q(self.q(x))
-        return torch.unflatten(q, 2, (self.heads, -1))                       # (B, T, H, D)
-
     def key_value(self, x):
-        k = self.norm_k(self.k(x))
-        v = self.v(x)
-        return [torch.unflatten(x, 2, (self.heads, -1)) for x in (k, v)]
+        """What others see of x (B, T, dim)."""
+        return self.norm_k(self.k(x)), self.v(x)
 
-    def forward(self, q, k, v):
-        q, k, v = [x.transpose(1, 2) for x in (q, k, v)]                     # (B, H, T, D)
-        out = scaled_dot_product_attention(q, k, v)
-        return self.o(out.transpose(1, 2).flatten(2))                        # (B, T, dim)
+    def forward(self, x, k, v, rope=None):
+        """What x (B, F, N, dim), turned by rope, sees in k and v (B, T, dim)."""
+        q = self.norm_q(self.q(x)).flatten(1, 2)
+        if rope:
+            q = rotate(q, rope)
+        q, k, v = [torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        out = scaled_dot_product_attention(q, k, v)                          # (B, H, F*N, D)
+        return self.o(out.transpose(1, 2).flatten(2)).view_as(x)
 
 
 def modulate(x, shift, scale):
@@ -256,23 +256,17 @@ class Block(nn.Module):
 
     def forward(self, x, sigma_emb, text_kv, rope, context):
         """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
-        (B, T, H, D), those of the context already rotated. Returns the new x and this chunk's own
+        (B, T, dim), those of the context already rotated. Returns the new x and this chunk's own
         keys and values, not rotated."""
         modulation = (self.modulation + sigma_emb).unsqueeze(2)              # (B, F, 1, 6, dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
 
-        h = modulate(x, shift1, scale1).flatten(1, 2)                        # (B, F*N, dim)
-        q = self.self_attn.query(h)
-        k, v = self.self_attn.key_value(h)
+        h = modulate(x, shift1, scale1)
+        k, v = self.self_attn.key_value(h.flatten(1, 2))                     # (B, F*N, dim)
         keys = torch.cat([context[0], rotate(k, rope)], 1)           # no causal mask: the frames
         values = torch.cat([context[1], v], 1)                       # to come do not exist yet
-        attended = self.self_attn(rotate(q, rope), keys, values)
-        x = x + gate1 * attended.view_as(x)
-
-        q = self.cross_attn.query(self.norm3(x).flatten(1, 2))
-        attended = self.cross_attn(q, *text_kv)
-        x = x + attended.view_as(x)
-
+        x = x + gate1 * self.self_attn(h, keys, values, rope)
+        x = x + self.cross_attn(self.norm3(x), *text_kv)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
         return x, (k, v)
 
@@ -340,7 +334,7 @@ class VideoTransformer(nn.Module):
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
         rope = rope_table(self.cfg, cache.frames, x.shape[1], x.device)
-        nothing = text_kv[0][0][:, :0]                                       # (B, 0, H, D)
+        nothing = text_kv[0][0][:, :0]                                       # (B, 0, dim)
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
         h = h.flatten(3).permute(0, 2, 3, 1).contiguous()                    # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
@@ -379,11 +373,11 @@ class EMASinkCache:
     """
     def __init__(self, cfg):
         self.cfg = cfg
-        self.sink = []                      # up to S frames, each (2, layers, B, N, H, D): k and v
+        self.sink = []                      # up to S frames, each (2, layers, B, N, dim): k and v
         self.recent = []                    # up to W - S - L frames, oldest first
         self.updates = 0                    # frames folded into the sink so far
-        self.newest = [None] * cfg.layers   # keys and values of the newest pass: (B, L*N, H, D)
-        self.context = []                   # per layer, what the next chunk sees: (B, T, H, D)
+        self.newest = [None] * cfg.layers   # keys and values of the newest pass: (B, L*N, dim)
+        self.context = []                   # per layer, what the next chunk sees: (B, T, dim)
 
     @property
     def frames(self):
@@ -394,7 +388,7 @@ class EMASinkCache:
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
         cfg = self.cfg
         chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
-        chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, H, D)
+        chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, dim)
         for frame in chunk.unbind(3):
             if len(self.sink) < cfg.sink:
                 # contiguous, as evict makes it: the layout's graph depends on that
@@ -411,7 +405,7 @@ class EMASinkCache:
     def lay_out(frames, rope, like):
         """Frames side by side, keys turned to their positions; --compile makes it one kernel."""
         keys, values = torch.cat([frame.type_as(like) for frame in frames], 3)
-        return rotate(keys, rope), values                                    # (layers, B, T, H, D)
+        return rotate(keys, rope), values                                    # (layers, B, T, dim)
 
     def evict(self, frame):
         """Fold a frame that leaves the window into the sink; without a sink it is lost."""

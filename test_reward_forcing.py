@@ -204,7 +204,7 @@ class SlowCache(EMASinkCache):
 
     def append(self):
         cfg, chunk = self.cfg, stack([stack(kv) for kv in self.newest], 1)
-        self.past = self.past + [*chunk.chunk(cfg.chunk, 3)]         # (2, layers, B, N, H, D)
+        self.past = self.past + [*chunk.chunk(cfg.chunk, 3)]         # (2, layers, B, N, dim)
         self.sink, others = self.past[:cfg.sink], self.past[cfg.sink:]
         gone = max(0, len(self.past) + cfg.chunk - cfg.window)
         for slot in range(cfg.sink):
@@ -261,7 +261,7 @@ def test_steered_stream_equals_a_plainly_written_one_with_a_hand_written_ema(cha
 def test_cache_of_a_long_bfloat16_stream_is_of_constant_size_and_its_sink_is_float32():
     cache, sizes = EMASinkCache(replace(SMALL, alpha=0.999)), []
     for chunk in range(40):                                          # starts as 1; what leaves is 2
-        kv = torch.full((1, 18, 2, 12), 1.0 + (chunk > 0)).bfloat16()
+        kv = torch.full((1, 18, 24), 1.0 + (chunk > 0)).bfloat16()
         cache.newest = [(kv, kv)] * SMALL.layers
         cache.append()
         sizes.append(len(pickle.dumps(vars(cache))))                 # every tensor in it
@@ -398,7 +398,8 @@ def test_golden_rope_of_128_channels(golden):
     cfg = replace(FULL, height=32, width=48)                         # 2 rows of 3 tokens
     for first in 0, 6:
         rope = rope_table(cfg, first, 3, "cpu")
-        turned = rotate(golden[0]["rope128.x"], rope)
+        x = golden[0]["rope128.x"]                                   # (B, T, H, D)
+        turned = rotate(x.flatten(2), rope).view_as(x)
         assert error(turned, golden[0][f"rope128.start{first}"]) < 2e-5
 
 
@@ -431,7 +432,8 @@ def test_golden_stream(golden, name, spy):
     for n, (made, _) in enumerate(chunks):
         assert error(made, x0[n]) < 5e-5
         if n:
-            sinks = stack(cache.sink, 3).flatten(3, 4)               # (2, layers, B, S*N, H, D)
+            sinks = stack(cache.sink, 3).flatten(3, 4)               # (2, layers, B, S*N, dim)
+            sinks = sinks.unflatten(4, (cfg.heads, -1))
         for kind, sink in zip("kv", sinks):
             recorded = a.get(f"{name}.sink_{kind}", {n: sink})[n]
             assert error(sink, recorded) < 5e-5
