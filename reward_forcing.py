@@ -256,15 +256,17 @@ class Block(nn.Module):
 
     def forward(self, x, sigma_emb, text_kv, rope, context):
         """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
-        (B, T, dim), those of the context already rotated. Returns the new x and this chunk's own
-        keys and values, not rotated."""
+        (B, T, dim), those of the context, which may be None, already rotated. Returns the new x
+        and this chunk's own keys and values, not rotated."""
         modulation = (self.modulation + sigma_emb).unsqueeze(2)              # (B, F, 1, 6, dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
 
         h = modulate(x, shift1, scale1)
         k, v = self.self_attn.key_value(h.flatten(1, 2))                     # (B, F*N, dim)
-        keys = torch.cat([context[0], rotate(k, rope)], 1)           # no causal mask: the frames
-        values = torch.cat([context[1], v], 1)                       # to come do not exist yet
+        keys, values = rotate(k, rope), v            # no causal mask: what comes does not exist
+        if context:
+            keys = torch.cat([context[0], keys], 1)
+            values = torch.cat([context[1], values], 1)
         x = x + gate1 * self.self_attn(h, keys, values, rope)
         x = x + self.cross_attn(self.norm3(x), *text_kv)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
@@ -327,20 +329,16 @@ class VideoTransformer(nn.Module):
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
-        streaming = cache is not None
-        if not streaming:
-            cache = EMASinkCache(self.cfg)                           # an empty one
+        past = cache or EMASinkCache(self.cfg)
         waves = self.embed_sigma(sigma)
         emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
-        rope = rope_table(self.cfg, cache.frames, x.shape[1], x.device)
-        nothing = text_kv[0][0][:, :0]                                       # (B, 0, dim)
+        rope = rope_table(self.cfg, len(past.frames), x.shape[1], x.device)
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
         h = h.flatten(3).permute(0, 2, 3, 1).contiguous()                    # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
-            context = cache.context[layer] if cache.context else (nothing, nothing)
-            h, kv = block(h, emb6, text_kv[layer], rope, context)
-            if streaming:                                            # a whole clip's would be GBs
+            h, kv = block(h, emb6, text_kv[layer], rope, past.context[layer])
+            if cache:                                                # a whole clip's would be GBs
                 cache.newest[layer] = kv
         return unpatchify(self.head(h, emb), self.cfg.rows).type_as(x)
 
@@ -373,16 +371,11 @@ class EMASinkCache:
     """
     def __init__(self, cfg):
         self.cfg = cfg
-        self.sink = []                      # up to S frames, each (2, layers, B, N, dim): k and v
-        self.recent = []                    # up to W - S - L frames, oldest first
+        self.frames = []                    # the first S are the sink, then come the newest up to
+                                            # W - S - L; each (2, layers, B, N, dim): k and v
         self.updates = 0                    # frames folded into the sink so far
         self.newest = [None] * cfg.layers   # keys and values of the newest pass: (B, L*N, dim)
-        self.context = []                   # per layer, what the next chunk sees: (B, T, dim)
-
-    @property
-    def frames(self):
-        """Frames of context; the position of the next chunk's first frame."""
-        return len(self.sink) + len(self.recent)
+        self.context = [None] * cfg.layers  # what the next chunk sees of them: (B, T, dim)
 
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
@@ -390,29 +383,25 @@ class EMASinkCache:
         chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, dim)
         for frame in chunk.unbind(3):
-            if len(self.sink) < cfg.sink:
-                # contiguous, as evict makes it: the layout's graph depends on that
-                self.sink.append(frame.float().contiguous())
-            else:
-                self.recent.append(frame)
-        while len(self.recent) > cfg.window - cfg.sink - cfg.chunk:
-            self.evict(self.recent.pop(0))
+            if len(self.frames) < cfg.sink:
+                # contiguous, as lerp makes it: the layout's graph depends on that
+                frame = frame.float().contiguous()
+            self.frames.append(frame)
+        while len(self.frames) > cfg.window - cfg.chunk:
+            leaving = self.frames.pop(cfg.sink).float()
+            if cfg.sink:                                             # without a sink it is lost
+                slot = self.updates % cfg.sink                       # = its frame number mod S
+                self.frames[slot] = self.frames[slot].lerp(leaving, 1 - cfg.alpha)
+                self.updates += 1
         if self.frames:
-            rope = rope_table(cfg, 0, self.frames, chunk.device)
-            self.context = list(zip(*self.lay_out(self.sink + self.recent, rope, chunk)))
+            rope = rope_table(cfg, 0, len(self.frames), chunk.device)
+            self.context = list(zip(*self.lay_out(self.frames, rope, chunk)))
 
     @staticmethod
     def lay_out(frames, rope, like):
         """Frames side by side, keys turned to their positions; --compile makes it one kernel."""
         keys, values = torch.cat([frame.type_as(like) for frame in frames], 3)
         return rotate(keys, rope), values                                    # (layers, B, T, dim)
-
-    def evict(self, frame):
-        """Fold a frame that leaves the window into the sink; without a sink it is lost."""
-        if self.cfg.sink:
-            slot = self.updates % self.cfg.sink                      # = its frame number mod S
-            self.sink[slot] = self.sink[slot].lerp(frame.float(), 1 - self.cfg.alpha)
-            self.updates += 1
 
 
 # ------------------------------------------------------------------------------------- Rollout
@@ -1869,7 +1858,8 @@ def stream(args, given, dtype):
         write_webp(file, pictures)
         bar.update(len(pictures))
         if args.live:
-            show(pictures, f"{bar}, {cache.frames} frames in the window, {cache.updates} folded")
+            state = f"{bar}, {len(cache.frames)} frames in the window, {cache.updates} folded"
+            show(pictures, state)
     bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames")
     if args.live:
         bar.mininterval = math.inf                                   # show draws it

@@ -205,15 +205,15 @@ class SlowCache(EMASinkCache):
     def append(self):
         cfg, chunk = self.cfg, stack([stack(kv) for kv in self.newest], 1)
         self.past = self.past + [*chunk.chunk(cfg.chunk, 3)]         # (2, layers, B, N, dim)
-        self.sink, others = self.past[:cfg.sink], self.past[cfg.sink:]
+        sink, others = self.past[:cfg.sink], self.past[cfg.sink:]
         gone = max(0, len(self.past) + cfg.chunk - cfg.window)
         for slot in range(cfg.sink):
             for frame in others[slot:gone:cfg.sink]:
-                self.sink[slot] = cfg.alpha * self.sink[slot] + (1 - cfg.alpha) * frame
-        self.recent = others[gone:]
+                sink[slot] = cfg.alpha * sink[slot] + (1 - cfg.alpha) * frame
+        self.frames = sink + others[gone:]
         if self.frames:
-            keys, values = cat(self.sink + self.recent, 3)
-            rope = rope_table(cfg, 0, self.frames, keys.device)
+            keys, values = cat(self.frames, 3)
+            rope = rope_table(cfg, 0, len(self.frames), keys.device)
             self.context = list(zip(rotate(keys, rope), values))
 
 
@@ -266,7 +266,7 @@ def test_cache_of_a_long_bfloat16_stream_is_of_constant_size_and_its_sink_is_flo
         cache.append()
         sizes.append(len(pickle.dumps(vars(cache))))                 # every tensor in it
     want = 2 - 0.999 ** (cache.updates // SMALL.sink)                # in bfloat16 1 + 0.001 is 1
-    assert abs(stack(cache.sink) - want).max() < 1e-4
+    assert abs(stack(cache.frames[:SMALL.sink]) - want).max() < 1e-4
     assert max(sizes[5:]) - min(sizes[5:]) < 200
 
 
@@ -432,7 +432,7 @@ def test_golden_stream(golden, name, spy):
     for n, (made, _) in enumerate(chunks):
         assert error(made, x0[n]) < 5e-5
         if n:
-            sinks = stack(cache.sink, 3).flatten(3, 4)               # (2, layers, B, S*N, dim)
+            sinks = stack(cache.frames[:cfg.sink], 3).flatten(3, 4)  # (2, layers, B, S*N, dim)
             sinks = sinks.unflatten(4, (cfg.heads, -1))
         for kind, sink in zip("kv", sinks):
             recorded = a.get(f"{name}.sink_{kind}", {n: sink})[n]
@@ -444,16 +444,13 @@ def test_golden_stream(golden, name, spy):
 
 
 class LeakyCache(EMASinkCache):
-    """The public training cache: values of the clean pass, gradient of the exit pass, a static
-    sink."""
+    """The public training cache: values of the clean pass, gradient of the exit pass. (Its sink is
+    static: alpha is 1.)"""
     @torch.enable_grad()
     def append(self):
         self.newest = [[clean + leak - leak.detach() for clean, leak in zip(*layer)]
                        for layer in zip(self.newest, self.exit)]
         super().append()
-
-    def evict(self, frame):
-        pass
 
 
 @fixture
