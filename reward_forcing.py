@@ -406,13 +406,13 @@ class EMASinkCache:
 
 # ------------------------------------------------------------------------------------- Rollout
 @torch.no_grad()
-def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
-            start=(), steer=None, reread=False):
+def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None,
+            cache=None, start=(), steer=None, reread=False):
     """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
     were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
-    draw      draw(index, step) gives noise (B, L, C, h, w) for a chunk; None: fresh noise
-    chunks    how many; None: forever
+    draw      draw(B, L, C, h, w) gives noise of that shape, for every step of every chunk anew
+    chunks    how many; by default forever
     steps     denoising steps of every chunk, the first so many of cfg's; None: all
     cache     what was made before; None: nothing. The last of so many chunks is not added to it
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
@@ -420,27 +420,24 @@ def rollout(student, text, cfg, draw=None, chunks=None, steps=None, cache=None,
               that holds from this chunk on; None: no change
     reread    at such a change: the chunk before is remembered under the new text, not under its own
     """
-    def fresh(index, step):
-        return torch.randn(len(text), cfg.chunk, *cfg.latent)
-    draw = draw or fresh
+    shape = len(text), cfg.chunk, *cfg.latent
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
-    for index in itertools.count() if chunks is None else range(chunks):
-        if index < len(start):
-            x0 = xt = start[index]
-        else:
-            xt = draw(index, 0)                                      # pure noise: sigma = 1
-            for step, sigma in enumerate(cfg.sigmas[:steps]):
-                sigma = sigma.expand(len(text), 1)
-                if step > 0:
-                    xt = add_noise(x0, draw(index, step), sigma)
-                x0 = predict_x0(student, xt, sigma, text_kv, cache)
-        yield x0, xt
-        if index + 1 != chunks:
-            own_kv, new_text = text_kv, steer and steer(index + 1)
+    for index in range(chunks):
+        if index > 0:                                                # the chunk before is clean now
+            own_kv, new_text = text_kv, steer and steer(index)
             if new_text is not None:
                 text_kv = student.embed_text(new_text)
             remember(student, x0, text_kv if reread else own_kv, cache)
+        if index < len(start):
+            x0 = xt = start[index]
+        else:
+            x0 = 0.0                                                 # sigma begins at 1: all noise
+            for sigma in cfg.sigmas[:steps]:
+                sigma = sigma.expand(len(text), 1)
+                xt = add_noise(x0, draw(*shape), sigma)
+                x0 = predict_x0(student, xt, sigma, text_kv, cache)
+        yield x0, xt
 
 
 def remember(student, x0, text_kv, cache):
@@ -646,7 +643,7 @@ def draw_samples(run, student, count):
     In the paper the step is random. Here they take turns by count: each is trained as often."""
     cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
     steps = count % cfg.denoise_steps + 1
-    chunks = rollout(student, text, cfg, lambda index, step: run.draw_noise(cfg.chunk),
+    chunks = rollout(student, text, cfg, lambda *shape: run.draw_noise(cfg.chunk),
                      cfg.clip // cfg.chunk, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
     sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
@@ -1107,7 +1104,7 @@ def play(student, decode, text, frames, finish, **others):
     set_seed(cfg.seed, "stream")
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(int)                                    # nothing to wait for yet
-        for x0, _ in rollout(student, text, cfg, None, cfg.chunks_in(frames), **others):
+        for x0, _ in rollout(student, text, cfg, chunks=cfg.chunks_in(frames), **others):
             done.result()
             if beside:
                 beside.wait_stream(torch.cuda.current_stream())      # until x0 is made

@@ -68,9 +68,19 @@ def random_text(cfg, batch=1):
 
 
 def noises(cfg, batch=1):
-    """draw(chunk, step) for rollout, of up to 8 chunks; the same at every call."""
-    noise = randn(8, cfg.denoise_steps, batch, cfg.chunk, *cfg.latent, dtype=float64)
-    return lambda chunk, step: noise[chunk, step]
+    """(8 chunks, denoise_steps, batch, L, C, h, w)"""
+    return randn(8, cfg.denoise_steps, batch, cfg.chunk, *cfg.latent, dtype=float64)
+
+
+def drawing(noise):
+    """rollout's draw: noise (chunks, steps, B, L, C, h, w), one after the other."""
+    drawn = iter(noise.flatten(0, 1))
+
+    def draw(*shape):
+        x = next(drawn)
+        assert x.shape == shape
+        return x
+    return draw
 
 
 def predicting(x0):
@@ -217,12 +227,12 @@ class SlowCache(EMASinkCache):
             self.context = list(zip(rotate(keys, rope), values))
 
 
-def slow_rollout(model, text, cfg, draw, start, script, reread):
+def slow_rollout(model, text, cfg, noise, start, script, reread):
     cache = SlowCache(cfg)
     for chunk in range(7):
-        x, text_kv = draw(chunk, 0), model.embed_text(text)
+        x, text_kv = noise[chunk, 0], model.embed_text(text)
         for step, sigma in enumerate(cfg.sigmas):
-            xt = (1 - sigma) * x + sigma * draw(chunk, step)
+            xt = (1 - sigma) * x + sigma * noise[chunk, step]
             x = xt - sigma * model(xt, sigma.expand(len(x), 1), text_kv, cache)
         if chunk < len(start):
             x = start[chunk]
@@ -247,11 +257,11 @@ def slow_rollout(model, text, cfg, draw, start, script, reread):
 def test_steered_stream_equals_a_plainly_written_one_with_a_hand_written_ema(change, started,
                                                                             reread):
     cfg = replace(SMALL, **given(change))
-    model, text, draw = random_model(cfg), random_text(cfg, 2), noises(cfg, 2)
-    start, script = [draw(7, n) for n in range(started)], {1: text + 1, 4: -text}
-    cache = EMASinkCache(cfg)
+    model, text, noise = random_model(cfg), random_text(cfg, 2), noises(cfg, 2)
+    start, script = [*noise[7, :started]], {1: text + 1, 4: -text}
+    cache, draw = EMASinkCache(cfg), drawing(noise[started:])
     fast = rollout(model, text, cfg, draw, 7, cfg.denoise_steps, cache, start, script.get, reread)
-    slow = slow_rollout(model, text, cfg, draw, start, script, reread)
+    slow = slow_rollout(model, text, cfg, noise, start, script, reread)
     for (ours, _), plain in zip(fast, slow):
         assert error(ours, plain) < 2e-5 * plain.abs().max()         # the sink is float32
     left = max(0, 7 * cfg.chunk - cfg.window)
@@ -425,9 +435,7 @@ def test_golden_stream(golden, name, spy):
         cfg, source = replace(cfg, alpha=1.0), "stream"              # the same noise
     x0, noise = (a[key].split(cfg.chunk, 1) for key in (name + ".x0", source + ".noise"))
     cache, passes, sinks = EMASinkCache(cfg), spy(VideoTransformer, "forward"), ()
-
-    def draw(chunk, step):
-        return a[source + ".renoise"][chunk, step - 1] if step else noise[chunk]
+    draw = drawing(cat([stack(noise)[:, None], a[source + ".renoise"]], 1))
     chunks = rollout(model, a["ctx"][:len(noise[0])], cfg, draw, len(x0), cache=cache)
     for n, (made, _) in enumerate(chunks):
         assert error(made, x0[n]) < 5e-5
@@ -462,13 +470,11 @@ def golden_training(golden, monkeypatch):
     context_noise, remember = iter(a["train.context_noise"]), rf.remember
     cfg, least = replace(cfg, alpha=1.0), a["sched.sigmas"][-1:]
 
-    def draw(chunk, step):
-        return a["train.renoise"][chunk, step - 1] if step else noise[chunk]
-
     def remember_noised(student, x0, *rest):
         remember(student, add_noise(x0, next(context_noise), least), *rest)
     with monkeypatch.context() as patched:
         patched.setattr(rf, "remember", remember_noised)
+        draw = drawing(cat([stack(noise)[:, None], a["train.renoise"]], 1)[:, :steps])
         parts = zip(*rollout(model, a["ctx"][:1], cfg, draw, len(noise), steps))
     x0, noisy = (cat(part, 1) for part in parts)
     assert error(x0, a["train.x0"]) < 1e-5
@@ -967,14 +973,14 @@ def test_compiled_vae_has_one_graph_and_equals_plain_decoding_chunk_by_chunk(wan
 def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
     cfg = replace(FULL, **given("--dim 192 --ffn-dim 1120 --heads 6 --layers 6 --text-dim 64 "
                                 "--text-len 32 --height 64 --width 96"))
-    state, text, draw = random_model(cfg, float32).state_dict(), random_text(cfg), noises(cfg)
+    state, text, noise = random_model(cfg, float32).state_dict(), random_text(cfg), noises(cfg)
     videos = {}
     for name, dtype in (("float32", float32), ("bfloat16", bfloat16), ("fp8", bfloat16)):
         model = VideoTransformer(cfg).to(dtype).requires_grad_(False)
         model.load_state_dict(state)
         if name == "fp8":
             rf.use_float8(model)
-        chunks = rollout(model, text, cfg, draw, 5)
+        chunks = rollout(model, text, cfg, drawing(noise), 5)
         videos[name] = stack([x0 for x0, _ in chunks])
     for other in "bfloat16", "float32":
         off = (videos["fp8"] - videos[other]).flatten(1).norm(dim=1)
