@@ -478,9 +478,8 @@ def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_s
 
 
 def guided_x0(teacher, xt, sigma, text, negative, guidance):
-    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told a negative
-    prompt (1, T, text_dim); the toy's is empty, all zeros."""
-    negative = negative.expand(len(text), -1, -1)
+    """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told negative
+    prompts (B, T, text_dim); the toy's are empty, all zeros."""
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
     uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
     return cond + guidance * (cond - uncond)
@@ -560,12 +559,11 @@ def teacher_trajectory(teacher, noise, text, cfg):
     An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
         x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
     """
-    sigmas, nothing = cfg.schedule(cfg.sample_steps), torch.zeros_like(text[:1])
     x, path = noise, []
-    for i in range(cfg.sample_steps):
+    for sigma, after in itertools.pairwise(cfg.schedule(cfg.sample_steps)):
         path.append(x)
-        x0 = guided_x0(teacher, x, sigmas[i].expand(len(x), 1), text, nothing, cfg.guidance)
-        x = x0 + sigmas[i + 1] / sigmas[i] * (x - x0)
+        x0 = guided_x0(teacher, x, sigma.expand(len(x), 1), text, 0 * text, cfg.guidance)
+        x = x0 + after / sigma * (x - x0)
     stride = cfg.sample_steps // cfg.denoise_steps
     return torch.stack([*path[::stride], x], 1)
 
@@ -682,7 +680,6 @@ def train_student(run):
     # student's loss has none. Such a critic models student * exp(-reward / beta). DMD makes that
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
-    negative = run.world.text([run.negative])
     # the first three are saved also under the names that public code reads: see end_step
     parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
@@ -708,6 +705,7 @@ def train_student(run):
         for _, (x, noisy, exit_sigma, text, updates) in zip(run.each_turn("judges", step), samples):
             sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
+            negative = run.world.text([run.negative] * len(text))
             with torch.no_grad():
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))

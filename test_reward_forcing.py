@@ -516,7 +516,7 @@ def test_golden_redmd_and_critic(golden):
     sigma = nearest_sigma(table, a["redmd.timestep"][:, 0])
     assert error(add_noise(x, noise, sigma), noisy) < 1e-5
     teacher = predicting(lambda text: cond if text.any() else uncond)
-    real = rf.guided_x0(teacher, noisy, sigma.double(), ones(2, 1, 1), zeros(1, 1, 1),
+    real = rf.guided_x0(teacher, noisy, sigma.double(), ones(2, 1, 1), zeros(2, 1, 1),
                         a["redmd.guidance"].item())
     g = rf.dmd_gradient(x, real, fake)
     assert error(g, grad) < 1e-5 * grad.abs().max()
