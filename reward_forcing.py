@@ -470,10 +470,10 @@ def motion_square(error):
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
 
 
-def flow_matching_loss(model, x0, text_kv, sigma, noise, weight=1.0, norm=mean_square):
+def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0, norm=mean_square):
     """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B, 1 or F), weight (B,).
     It trains the teacher on data and the critic on the student's samples."""
-    velocity = model(add_noise(x0, noise, sigma), sigma, text_kv)
+    velocity = model(add_noise(x0, noise, sigma), sigma, model.embed_text(text))
     return (weight * norm(velocity - (noise - x0))).mean()
 
 
@@ -544,8 +544,8 @@ def train_teacher(run):
         u = torch.rand(cfg.batch, cfg.clip)
         u[::2] = u[::2, :1]
         sigma = shift_sigma(u, cfg.sigma_shift)
-        text_kv, noise = teacher.embed_text(text), torch.randn_like(x0)
-        loss = flow_matching_loss(teacher, x0, text_kv, sigma, noise, norm=motion_square)
+        noise = torch.randn_like(x0)
+        loss = flow_matching_loss(teacher, x0, text, sigma, noise, norm=motion_square)
         loss.backward()
         grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
         run.end_step(step, loss=loss.item(), grad_norm=grad_norm)
@@ -692,8 +692,7 @@ def train_student(run):
                 x, _, _, text, _ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
-                text_kv = critic.embed_text(text)
-                loss = flow_matching_loss(critic, x, text_kv, sigma, noise, weight) / run.turns
+                loss = flow_matching_loss(critic, x, text, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, progress)

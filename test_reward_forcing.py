@@ -569,11 +569,9 @@ def test_clips_have_their_captions_some_of_which_are_dropped_and_every_other_is_
 def test_teacher_learns_from_clips_their_text_and_levels_of_half_the_frames(spy):
     run = make_run("--teacher-steps 1")
     drawn, asked = spy(run, "draw_clips"), spy(rf, "flow_matching_loss")
-    teacher = run.model("teacher")
     rf.train_teacher(run)
     (x0, text), loss = drawn[0].result, asked[0]
-    assert loss.x0 is x0 and loss.norm is rf.motion_square
-    assert equal(loss.text_kv[0][0], teacher.embed_text(text)[0][0])
+    assert loss.x0 is x0 and loss.text is text and loss.norm is rf.motion_square
     assert [len(levels.unique()) for levels in loss.sigma] == [1, run.cfg.clip] * 2
 
 
@@ -630,8 +628,10 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
         assert call.optimizers[0].defaults["momentum"] == 0.5
     for loss, drawn in zip(critics, samples):
         assert loss.x0 is drawn.result[0] and drawn.student is step.student
-    told = real.teacher.embed_text(samples[0].result[3])             # the critic begins as it
-    assert equal(critics[0].text_kv[0][0], told[0][0])
+        assert loss.text is drawn.result[3]
+    first = vars(critics[0]) | {"model": real.teacher}               # the critic begins as it
+    loss = first.pop("result")
+    assert equal(flow_matching_loss(**first), loss)
     assert [drawn.count for drawn in samples] == [0, 1, 0]
     begun = run.model("causal")
     for _ in run.each_turn("critic", 0, 0):                          # the student begins as this
