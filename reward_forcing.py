@@ -174,21 +174,23 @@ def predict_x0(model, xt, sigma, text_kv, cache=None):
 
 
 # -------------------------------------------------------------------------------------- Layers
+def angles_of(position, count, base):
+    """position (...) at `count` frequencies from 1 down to nearly 1 / base: (..., count) float64"""
+    exponent = torch.arange(count).double() / count
+    return position[..., None] * base ** -exponent
+
+
 @functools.cache
 def rope_table(cfg, first, frames, device):
     """Cosines and sines (T, 1, D/2) for the tokens of frame positions first, first + 1, ...
 
     The D/2 channel pairs are split into three bands: frame, row and column.
     """
-    band = 2 * (cfg.head_dim // 6)
-    bands = cfg.head_dim - 2 * band, band, band                      # 128 -> 44, 42, 42
+    band = cfg.head_dim // 6
+    bands = cfg.head_dim // 2 - 2 * band, band, band                 # 64 -> 22, 21, 21
     frame = torch.arange(first, first + frames)
     grid = torch.cartesian_prod(frame, torch.arange(cfg.rows), torch.arange(cfg.cols))
-    angles = []
-    for position, size in zip(grid.T, bands):
-        exponent = torch.arange(0, size, 2).double() / size
-        frequency = cfg.rope_base ** -exponent
-        angles.append(position[:, None] * frequency)
+    angles = [angles_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
     angles = torch.cat(angles, 1)[:, None].to(device)
     return angles.cos().float(), angles.sin().float()
 
@@ -318,9 +320,7 @@ class VideoTransformer(nn.Module):
 
     def embed_sigma(self, sigma):
         """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
-        half = self.cfg.freq_dim // 2
-        exponent = torch.arange(half).double() / half
-        angles = 1000 * sigma.double()[..., None] * 10000.0 ** -exponent
+        angles = angles_of(1000 * sigma.double(), self.cfg.freq_dim // 2, 10000.0)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         return waves.to(self.patch_embedding.weight)
 
