@@ -204,12 +204,6 @@ def rotate(x, rope):
     return turned.flatten(-3).type_as(x)
 
 
-def unpatchify(x, rows):
-    """Tokens (B, F, N, 2*2*C), the channel last, as Wan2.1 has it -> (B, F, C, h, w)."""
-    x = x.unflatten(3, (4, -1)).mT.flatten(3)                                # (B, F, N, C*2*2)
-    return pixel_shuffle(x.mT.unflatten(3, (rows, -1)), 2)
-
-
 def mlp(inputs, hidden, outputs, activation):
     return nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
 
@@ -330,17 +324,18 @@ class VideoTransformer(nn.Module):
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
         past = cache or EMASinkCache(self.cfg)
-        waves = self.embed_sigma(sigma)
-        emb = self.time_embedding(waves)                                     # (B, 1 or F, dim)
+        emb = self.time_embedding(self.embed_sigma(sigma))                   # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
         rope = rope_table(self.cfg, len(past.frames), x.shape[1], x.device)
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
-        h = h.flatten(3).permute(0, 2, 3, 1).contiguous()                    # (B, F, N, dim)
+        h = h.flatten(3).movedim(1, 3).contiguous()                          # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
             h, kv = block(h, emb6, text_kv[layer], rope, past.context[layer])
             if cache:                                                # a whole clip's would be GBs
                 cache.newest[layer] = kv
-        return unpatchify(self.head(h, emb), self.cfg.rows).type_as(x)
+        patches = self.head(h, emb).unflatten(3, (2, 2, -1))                 # (B, F, N, 2, 2, C)
+        patches = patches.unflatten(2, (self.cfg.rows, -1))          # (B, F, rows, cols, 2, 2, C)
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape).type_as(x)
 
 
 # ------------------------------------------------------------------------------- EMA-Sink cache
