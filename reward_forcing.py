@@ -443,13 +443,9 @@ def remember(student, x0, text_kv, cache):
 
 
 # -------------------------------------------------------------------------------------- Losses
-def mean_each(x):
-    """The mean of each sample: (B, ...) -> (B,)."""
-    return x.flatten(1).mean(1)
-
-
 def mean_square(error):
-    return mean_each(error.square())
+    """(B, ...) -> (B,)"""
+    return error.square().flatten(1).mean(1)
 
 
 def motion_square(error):
@@ -819,7 +815,7 @@ def steady_motion(area, centre):
     """motion_reward of what was tracked already: area (B, F), centre (B, F, 2)."""
     areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
     steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
-    return mean_each(agreement(centre) * steady ** 2)
+    return (agreement(centre) * steady ** 2).mean(1)
 
 
 def shape_overlaps(mask, area, centre):
