@@ -251,16 +251,14 @@ class Block(nn.Module):
         return self.cross_attn.key_value(text)
 
     def forward(self, x, sigma_emb, text_kv, rope, context):
-        """x (B, F, N, dim); sigma_emb (B, 1 or F, 6, dim); text_kv and context: keys and values
+        """x (B, F, N, dim); sigma_emb (B, 1 or F, 1, 6, dim); text_kv and context: keys and values
         (B, T, dim), those of the context, which may be None, already rotated. Returns the new x
         and this chunk's own keys and values, not rotated."""
-        modulation = (self.modulation + sigma_emb).unsqueeze(2)              # (B, F, 1, 6, dim)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
-
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + sigma_emb).unbind(3)
         h = modulate(x, shift1, scale1)
         k, v = self.self_attn.key_value(h.flatten(1, 2))                     # (B, F*N, dim)
-        keys, values = rotate(k, rope), v            # no causal mask: what comes does not exist
-        if context:
+        keys, values = rotate(k, rope), v
+        if context:                          # no causal mask: the frames to come do not exist yet
             keys = torch.cat([context[0], keys], 1)
             values = torch.cat([context[1], values], 1)
         x = x + gate1 * self.self_attn(h, keys, values, rope)
@@ -277,8 +275,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.head.weight)                             # first velocity: near zero
 
     def forward(self, x, sigma_emb):
-        modulation = (self.modulation + sigma_emb.unsqueeze(2)).unsqueeze(2)
-        shift, scale = modulation.unbind(3)                                  # (B, F, 1, dim)
+        shift, scale = (self.modulation + sigma_emb).unbind(3)               # (B, F, 1, dim)
         return self.head(modulate(x, shift, scale))
 
 
@@ -324,8 +321,8 @@ class VideoTransformer(nn.Module):
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
         past = cache or EMASinkCache(self.cfg)
-        emb = self.time_embedding(self.embed_sigma(sigma))                   # (B, 1 or F, dim)
-        emb6 = self.time_projection(emb).unflatten(2, (6, -1))               # (B, 1 or F, 6, dim)
+        emb = self.time_embedding(self.embed_sigma(sigma))           # (B, 1 or F, dim)
+        emb6 = self.time_projection(emb).unflatten(2, (1, 6, -1))    # of a token's six modulations
         rope = rope_table(self.cfg, len(past.frames), x.shape[1], x.device)
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
         h = h.flatten(3).movedim(1, 3).contiguous()                          # (B, F, N, dim)
@@ -333,8 +330,8 @@ class VideoTransformer(nn.Module):
             h, kv = block(h, emb6, text_kv[layer], rope, past.context[layer])
             if cache:                                                # a whole clip's would be GBs
                 cache.newest[layer] = kv
-        patches = self.head(h, emb).unflatten(3, (2, 2, -1))                 # (B, F, N, 2, 2, C)
-        patches = patches.unflatten(2, (self.cfg.rows, -1))          # (B, F, rows, cols, 2, 2, C)
+        patches = self.head(h, emb[:, :, None, None])                        # (B, F, N, 2*2*C)
+        patches = patches.unflatten(3, (2, 2, -1)).unflatten(2, (self.cfg.rows, -1))
         return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape).type_as(x)
 
 
