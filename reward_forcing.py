@@ -59,7 +59,6 @@ from torch import nn
 from torch.nn import attention
 from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
@@ -504,13 +503,11 @@ class RewardWeight(nn.Module):
     def __init__(self, beta):
         super().__init__()
         self.beta = beta
-        self.register_buffer("mean", torch.tensor(math.nan).double())
+        self.register_buffer("mean", torch.tensor(0.0).double())     # 0: not known yet
 
     def forward(self, reward):
         weight = torch.exp(reward.double() / self.beta)              # float64: exp(-120) is not 0
-        if self.mean.isnan():
-            self.mean.copy_(weight.mean())
-        self.mean.lerp_(weight.mean(), 0.05)
+        self.mean.lerp_(weight.mean(), 0.05 if self.mean else 1)
         return (weight / self.mean).float()
 
 
@@ -1309,7 +1306,8 @@ class WanWorld:
         """(B, T, text_dim), zero after the last token; T is the longest's."""
         if not self.features.keys() >= set(prompts):
             self.learn(prompts)
-        return pad_sequence([self.features[prompt] for prompt in prompts], batch_first=True)
+        features = [self.features[prompt] for prompt in prompts]
+        return nn.utils.rnn.pad_sequence(features, batch_first=True)
 
     def compile(self):
         """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
