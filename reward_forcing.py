@@ -415,11 +415,6 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
     for index in range(chunks):
-        if index > 0:                                                # the chunk before is clean now
-            own_kv, new_text = text_kv, steer and steer(index)
-            if new_text is not None:
-                text_kv = student.embed_text(new_text)
-            remember(student, x0, text_kv if reread else own_kv, cache)
         if index < len(start):
             x0 = xt = start[index]
         else:
@@ -429,6 +424,11 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
                 xt = add_noise(x0, draw(*shape), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
+        if index + 1 < chunks:
+            own_kv, new_text = text_kv, steer and steer(index + 1)
+            if new_text is not None:
+                text_kv = student.embed_text(new_text)
+            remember(student, x0, text_kv if reread else own_kv, cache)
 
 
 def remember(student, x0, text_kv, cache):
@@ -966,7 +966,7 @@ class Run:
     stop rollouts at the same step.
     """
     turns, turn, processes, rank = 1, 0, 1, 0
-    whole = cut = join = staticmethod(lambda x: x)        # sharding: see FullRun
+    whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
     def __init__(self, cfg, out, world):
