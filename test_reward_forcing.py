@@ -727,16 +727,15 @@ def test_reward_of_broken_motion_is_below_that_of_a_clean_glide_at_half_the_spee
 
 
 def test_measures_tell_frozen_gliding_jumping_and_empty_clips_apart():
-    def measured(*disc):
-        return measure(3, discs(*disc), ["a red circle"])
+    def measured(*disc, last=0):
+        return measure(3, discs(*disc), ["a red circle"], last)
     frozen, glide = measured(8 + 0 * TIME), measured(8 + TIME)
     assert frozen["copy"] == frozen["shape"] == 1 and frozen["drift"] == 0
     assert glide["agree"] == glide["seam"] == 1 and glide["jitter"] == 0 and glide["copy"] < 1
-    end = measure(3, discs(8 + TIME), ["a red circle"], last=3)      # like itself, not the start
-    assert end["copy"] < glide["copy"]
-    leaps = discs(8 + 3 * (TIME // 3))
-    assert measure(3, leaps, ["a red circle"], last=4)["seam"] == 3  # frame 8 ends a chunk
-    jump, empty = measure(3, leaps, ["a red circle"]), measured(TIME, 0)
+    end, leaps = measured(8 + TIME, last=3), 8 + 3 * (TIME // 3)
+    assert end["copy"] < glide["copy"]                               # like itself, not the start
+    assert measured(leaps, last=4)["seam"] == 3                      # frame 8 ends a chunk
+    jump, empty = measured(leaps), measured(TIME, 0)
     assert jump["seam"] == 3 and jump["inside"] == jump["agree"] == empty["shape"] == 0
     grows = measured(8 + TIME, 4 + 0.3 * TIME)                       # by half in the sixth frame
     assert glide["holds"] == 12 > 7 > grows["holds"] > 3 and empty["lost"] == 1 > grows["lost"] == 0
