@@ -75,12 +75,7 @@ def noises(cfg, batch=1):
 def drawing(noise):
     """rollout's draw: noise (chunks, steps, B, L, C, h, w), one after the other."""
     drawn = iter(noise.flatten(0, 1))
-
-    def draw(*shape):
-        x = next(drawn)
-        assert x.shape == shape
-        return x
-    return draw
+    return lambda *shape: next(drawn).view(shape)
 
 
 def predicting(x0):
@@ -617,9 +612,8 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
     run = make_run(f"--distill-steps 1 --critic-ratio 2 --student-lr 0.5 --critic-lr 0.5 {change}")
     cfg, stages = run.cfg, dict(run.state["stages"])
     run.reward = lambda frames: frames[:, 0, 0, 0, 0] / 255
-    names = "flow_matching_loss", "update", "guided_x0", "regress"
-    critics, updates, teachers, steps = (spy(rf, name) for name in names)
-    samples = spy(rf, "draw_samples")
+    names = "draw_samples", "flow_matching_loss", "update", "guided_x0", "regress"
+    samples, critics, updates, teachers, steps = (spy(rf, name) for name in names)
     rf.train_student(run)
     [real], [step], critic = teachers, steps, critics[0].model
     assert same(real.teacher.state_dict(), stages["teacher"]["parts"][0])
@@ -844,13 +838,12 @@ def needs(*packages):
 
 
 def save_tokenizer(folder, words, special=()):
-    """It knows whole words, numbered as they come; the first stands for the others."""
+    """It knows whole words, numbered as they come, and no others."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    ids = dict(zip(words, range(99)))
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
+    tokenizer = Tokenizer(models.WordLevel(dict(zip(words, range(99)))))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=words[0])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.save_pretrained(folder)
 
@@ -867,7 +860,7 @@ def wan(tmp_path_factory):
     vae.save_pretrained(folder / "vae")
     config = UMT5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    save_tokenizer(folder / "tokenizer", ["<unk>", "a", "red", "panda"])
+    save_tokenizer(folder / "tokenizer", ["a", "red", "panda"])
     return folder
 
 
@@ -908,7 +901,7 @@ def test_golden_weights_load_from_every_layout_and_misfits_are_named(golden, lay
 def test_text_of_each_prompt_is_the_encoders(wan, monkeypatch):
     from transformers import UMT5EncoderModel
     encoder = UMT5EncoderModel.from_pretrained(wan / "text_encoder")
-    long, short = (encoder(tensor([ids])).last_hidden_state for ids in ([1, 2, 3], [1]))
+    long, short = (encoder(tensor([ids])).last_hidden_state for ids in ([0, 1, 2], [0]))
     encoder.encoder.embed_tokens = torch.nn.Embedding(8, 16)         # untied
     monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", lambda *_, **__: encoder)
     world = WanWorld(wan, TINY_WAN, float32)
@@ -1058,7 +1051,7 @@ CHAT = ("<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start
         "<|vision_start|> <|video_pad|> <|vision_end|> {} <|im_end|> <|im_start|> assistant")
 REWARDS = ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"]
 TEMPLATE = "rate a <|VQ_reward|> a <|MQ_reward|> {text_prompt} <|TA_reward|>"
-WORDS = ["<unk>", "rate", "panda", *dict.fromkeys(CHAT.replace("{} ", "").split())]
+WORDS = ["rate", "panda", *dict.fromkeys(CHAT.replace("{} ", "").split())]
 PEFT = "base_model.model."
 
 
@@ -1322,8 +1315,8 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     child, terminal = pty.fork()
     if not child:
         signal.signal(signal.SIGINT, signal.SIG_DFL)     # a shell's background ignores Ctrl-C
-        command = "python", HERE / "reward_forcing.py", "--live", "--frames", "900", *line.split()
-        os.execv(sys.executable, command)
+        flags = f"--live --frames 900 {line}".split()
+        os.execv(sys.executable, ["python", HERE / "reward_forcing.py", *flags])
     screen, script = "", [("red: ", b"pink\n"), ("'pink' must be", b"blue square\n"),
                           ("blue square: ", b"\3")]
     with raises(OSError):                                            # the child is gone
