@@ -626,8 +626,7 @@ def draw_samples(run, student, count):
     In the paper the step is random. Here they take turns by count: each is trained as often."""
     cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
     steps = count % cfg.denoise_steps + 1
-    chunks = rollout(student, text, cfg, lambda *shape: run.draw_noise(cfg.chunk),
-                     cfg.clip // cfg.chunk, steps, cache)
+    chunks = rollout(student, text, cfg, run.draw_noise, cfg.clip // cfg.chunk, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
     sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
     return x, noisy, sigma, text, cache.updates
@@ -676,7 +675,7 @@ def train_student(run):
                 count = step * cfg.critic_ratio + critic_step
                 x, _, _, text, _ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
-                sigma, noise = run.draw_sigma(), run.draw_noise(cfg.clip)
+                sigma, noise = run.draw_sigma(), run.draw_noise(*x.shape)
                 loss = flow_matching_loss(critic, x, text, sigma, noise, weight) / run.turns
                 loss.backward()
                 critic_loss += loss.item()
@@ -688,7 +687,7 @@ def train_student(run):
         loss = gap = 0.0
         for _, (x, noisy, exit_sigma, text, updates) in zip(run.each_turn("judges", step), samples):
             sigma = run.draw_sigma()
-            xt = add_noise(x, run.draw_noise(cfg.clip), sigma)
+            xt = add_noise(x, run.draw_noise(*x.shape), sigma)
             negative = run.world.text([run.negative] * len(text))
             with torch.no_grad():
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
@@ -1021,9 +1020,9 @@ class Run:
         u = self.own(torch.rand(self.cfg.batch, 1))
         return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
 
-    def draw_noise(self, frames):
-        """(n, F, C, h, w)"""
-        return self.own(torch.randn(self.cfg.batch, frames, *self.cfg.latent))
+    def draw_noise(self, n, *shape):
+        """Noise (n, *shape) for the n samples, out of that for the whole batch."""
+        return self.own(torch.randn(self.cfg.batch, *shape))
 
     def draw_prompts(self):
         """The text of n random prompts."""
