@@ -544,13 +544,12 @@ def teacher_trajectory(teacher, noise, text, cfg):
     An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
         x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
     """
-    x, path = noise, []
+    path = [noise]
     for sigma, after in itertools.pairwise(cfg.schedule(cfg.sample_steps)):
-        path.append(x)
+        x = path[-1]
         x0 = guided_x0(teacher, x, sigma.expand(len(x), 1), text, 0 * text, cfg.guidance)
-        x = x0 + after / sigma * (x - x0)
-    stride = cfg.sample_steps // cfg.denoise_steps
-    return torch.stack([*path[::stride], x], 1)
+        path.append(x0 + after / sigma * (x - x0))
+    return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps], 1)
 
 
 def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
