@@ -1466,21 +1466,19 @@ class VideoAlign:
         """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
         standard deviations from VideoAlign's mean: negative scores are usual."""
         most = frames.shape[1]
-        count = 2 * round(max(4, most / 16 * self.fps) / 2)          # images of a clip that it sees
-        chosen = torch.linspace(0, most - 1, count).round().long()
+        pairs = round(max(4, most / 16 * self.fps) / 2)              # of images that it sees
+        chosen = torch.linspace(0, most - 1, 2 * pairs).round().long()
         images = frames[:, chosen].flatten(0, 1).cpu()
         cut = self.processor(images, return_tensors="pt").to(self.model.device)
-        # pairs of images: (B count, h w, 3 14 14) -> (B count/2, h w, 3 2 14 14)
+        # (B pairs 2, h w, 3 14 14) -> (B pairs, h w, 3 2 14 14)
         patches = cut.pixel_values.view(len(images) // 2, 2, -1, 3, 196).movedim(1, 3)
-        grid = cut.image_grid_thw[::count]
-        grid[:, 0] = count // 2
         pad = "<|video_pad|>"                                        # stands for 2 x 2 patches
-        chat = self.chat.replace(pad, pad * int(grid[0].prod() // 4))
+        chat = self.chat.replace(pad, pad * (pairs * patches.shape[1] // 4))
         ids = torch.tensor(self.tokenizer(chat).input_ids).expand(len(frames), -1)
         # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        states = self.model(
-            input_ids=ids, position_ids=positions, video_grid_thw=grid,
+        states = self.model(         # it looks at each pair alone: here each is a video of its own
+            input_ids=ids, position_ids=positions, video_grid_thw=cut.image_grid_thw[::2],
             pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
         score = states[:, -1].float() @ self.head[len(self.head) // 2]       # its only row, or MQ's
         return (score - self.norm["MQ_mean"]) / self.norm["MQ_std"]
