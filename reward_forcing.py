@@ -619,8 +619,8 @@ def train_causal(run):
 
 
 def draw_samples(run, student, count):
-    """The student's clips x (n, F, C, h, w), all stopped at one denoising step; the noisy frames
-    they were predicted from; that step's sigma (n, F); their text; how many frames were folded.
+    """The student's clips x (n, F, C, h, w), all stopped at one denoising step; their text; the
+    noisy frames they were predicted from; that step's sigma (n, F); how many frames were folded.
 
     In the paper the step is random. Here they take turns by count: each is trained as often."""
     cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
@@ -628,7 +628,7 @@ def draw_samples(run, student, count):
     chunks = rollout(student, text, cfg, run.draw_noise, cfg.clip // cfg.chunk, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
     sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
-    return x, noisy, sigma, text, cache.updates
+    return x, text, noisy, sigma, cache.updates
 
 
 def train_student(run):
@@ -672,7 +672,7 @@ def train_student(run):
             critic_loss = 0.0
             for _ in run.each_turn("critic", step, critic_step):
                 count = step * cfg.critic_ratio + critic_step
-                x, _, _, text, _ = draw_samples(run, student, count)
+                x, text, *_ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(*x.shape)
                 loss = flow_matching_loss(critic, x, text, sigma, noise, weight) / run.turns
@@ -684,7 +684,7 @@ def train_student(run):
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
-        for _, (x, noisy, exit_sigma, text, updates) in zip(run.each_turn("judges", step), samples):
+        for _, (x, text, noisy, exit_sigma, updates) in zip(run.each_turn("judges", step), samples):
             sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(*x.shape), sigma)
             negative = run.world.text([run.negative] * len(text))

@@ -622,7 +622,7 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
         assert call.optimizers[0].defaults["momentum"] == 0.5
     for loss, drawn in zip(critics, samples):
         assert loss.x0 is drawn.result[0] and drawn.student is step.student
-        assert loss.text is drawn.result[3]
+        assert loss.text is drawn.result[1]
     first = vars(critics[0]) | {"model": real.teacher}               # the critic begins as it
     loss = first.pop("result")
     assert equal(flow_matching_loss(**first), loss)
@@ -631,7 +631,7 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
     for _ in run.each_turn("critic", 0, 0):                          # the student begins as this
         assert equal(draw_samples(run, begun, 0)[0], samples[0].result[0])
 
-    x, noisy, exit_sigma, text, _ = samples[2].result
+    x, text, noisy, exit_sigma, _ = samples[2].result
     assert step.noisy is noisy and step.sigma is exit_sigma and step.clean is x
     assert step.text is real.text is text and real.guidance == cfg.guidance
     assert step.norm is rf.motion_square and not real.negative.any()
@@ -663,7 +663,7 @@ def test_samples_stop_at_every_step_and_follow_from_their_noisy_frames():
     run = make_run("")
     student = run.model("causal")
     for count in range(4):
-        x, noisy, sigma, text, _ = draw_samples(run, student, count)
+        x, text, noisy, sigma, _ = draw_samples(run, student, count)
         assert regress(student, text, run.cfg, noisy, sigma, x, target=x) < 1e-8
         assert (sigma == run.cfg.sigmas[count]).all()
 
