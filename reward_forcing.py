@@ -49,7 +49,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -1487,16 +1487,16 @@ class VideoAlign:
 class FullRun(Run):
     """A Run on all processes of mesh, each with a part of every parameter, gradient and moment
     (FSDP2). Its models start from files."""
-    def __init__(self, cfg, teacher, args, dtype, mesh):
+    def __init__(self, cfg, teacher, args, mesh):
         from torch.distributed import tensor                         # late: it takes half a second
         self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
         self.rank, self.processes = mesh.get_rank(), mesh.size()
         self.turns = units_in("batch", cfg.batch, self.processes * args.micro)
-        self.teacher, self.dtype = teacher, dtype
+        self.teacher, self.dtype = teacher, args.dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
-        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), dtype)
-        world = WanWorld(args.wan, cfg, dtype)
+        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
+        world = WanWorld(args.wan, cfg, args.dtype)
         with using(args.prompts, "write a prompt a line, in UTF-8"):
             world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
             check(world.prompts, "it is empty")
@@ -1577,9 +1577,9 @@ def step_flops(cfg, teacher):
     return cfg.batch * cfg.clip * (cfg.critic_ratio * critic_update + student_update)
 
 
-def dry_run(args, given, dtype, counts=(1, 8, 64)):
+def dry_run(args, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
-    cfg = replace(PRESETS["full"], **given)
+    cfg = replace(PRESETS["full"], **args.given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
     units_in("micro", args.micro, 1)
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
@@ -1602,26 +1602,27 @@ def dry_run(args, given, dtype, counts=(1, 8, 64)):
     return cfg, teacher
 
 
-def train(args, given, dtype):
+def train(args):
     """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
     check("WORLD_SIZE" in os.environ, "--train is started by torchrun, on one GPU too")
     count = int(os.environ["WORLD_SIZE"])
-    cfg, teacher = dry_run(args, given, dtype, [count])
+    cfg, teacher = dry_run(args, [count])
     mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
-    train_student(FullRun(cfg, teacher, args, dtype, mesh))
+    train_student(FullRun(cfg, teacher, args, mesh))
     torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------- Command line
-@dataclass
 class Options:
-    """With which files, and how. Every field is a flag, as those of Config are."""
+    """With which files, and how. Every field is a flag, as those of Config are. What main hands to
+    a command has three more: command, which is that function; given, {Config field: value told};
+    and dtype."""
     ablate: bool = False            # with --toy: both ideas against their controls
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
     fp8: bool = False               # blocks' linear layers multiply in 8 bits
     prompt: str = ""
-    then: list = ()                 # --then 120 "a blue square": the prompt from that frame on;
+    then: list = []                 # --then 120 "a blue square": the prompt from that frame on;
                                     # may be given again
     reread: bool = False            # remember the newest chunk under a new prompt, not the old
     live: bool = False              # also show it in the terminal; a line entered is a new prompt
@@ -1719,7 +1720,7 @@ def flag(name):
 
 
 def parse(argv):
-    """(command, Options, {Config field: value given})."""
+    """The Options that a command line tells; BadInput if its command does not take them."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      epilog="class Options and class Config say what each means",
                                      argument_default=argparse.SUPPRESS,
@@ -1731,34 +1732,34 @@ def parse(argv):
                               dest="command", help=command.__doc__)
     actions = {bool: {"action": argparse.BooleanOptionalAction},
                list: {"action": "append", "nargs": 2}}
-    for f in fields(Options) + fields(Config):
-        value = {"type": f.type, "help": f"[{f.default}]"}
-        parser.add_argument(flag(f.name), **actions.get(f.type, value))
-    given = vars(parser.parse_args(argv))
-    command = given.pop("command")
-    options = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
-    args = Options(**options)
-    name = "--full " * args.full + flag(command.__name__)
+    for fields in Options, Config:
+        for name, kind in fields.__annotations__.items():
+            value = {"type": kind, "help": f"[{getattr(fields, name)}]"}
+            parser.add_argument(flag(name), **actions.get(kind, value))
+    args = parser.parse_args(argv, Options())            # vars(args): what is told, no defaults
+    args.given = {name: value for name, value in vars(args).items()
+                  if name in Config.__annotations__}
+    told = {flag(name) for name in vars(args) if name in Options.__annotations__}
+    name = "--full " * args.full + flag(args.command.__name__)
     check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
     needs, takes = (flags.split() for flags in USES[name].split("|"))
-    told = set(map(flag, options))
     extra = told - {"--full", *needs, *takes}
     check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes "
           f"{', '.join(needs + takes)}, and what class Config has: leave it out")
     check(told >= set(needs), f"{name} needs {', '.join(needs)}")
-    return command, args, given
+    return args
 
 
-def open_toy(args, given, dtype):
+def open_toy(args):
     """(student, world, cfg) of the checkpoint in --out."""
-    check(set(given) <= {"alpha", "sink", "window", "seed"},
+    check(set(args.given) <= {"alpha", "sink", "window", "seed"},
           "of the config only --alpha, --sink, --window and --seed may differ from training")
     state = load_checkpoint(args.out / "checkpoint.pt")
     trained = state["stages"].get("student", {"step": 0})["step"]
     check(trained == state["config"]["distill_steps"],
           f"{args.out} holds no student that is trained to the end: let --toy go on")
     checksum = state["config"].pop("data")
-    cfg = Config(**state["config"] | given)
+    cfg = Config(**state["config"] | args.given)
     student = VideoTransformer(cfg)
     student.load_state_dict(state["generator_ema"])
     world = ToyWorld(cfg, args.data)
@@ -1766,17 +1767,17 @@ def open_toy(args, given, dtype):
     return student, world, cfg
 
 
-def open_full(args, given, dtype):
+def open_full(args):
     """(student, world, cfg) of the full size; for --bench random where no file is given."""
-    cfg = replace(PRESETS["full"], **given)
+    cfg = replace(PRESETS["full"], **args.given)
     cfg.chunks_in(args.frames)                                       # refused before loading
-    world = WanWorld(args.wan, cfg, dtype)
+    world = WanWorld(args.wan, cfg, args.dtype)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, dtype), world, cfg
+    return student.to(device, args.dtype), world, cfg
 
 
 def open_clip(path, cfg):
@@ -1794,11 +1795,11 @@ def open_clip(path, cfg):
     return torch.tensor(np.stack(frames)).movedim(3, 1)[None]
 
 
-def stream(args, given, dtype):
+def stream(args):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
-    student, world, cfg = (open_full if args.full else open_toy)(args, given, dtype)
+    student, world, cfg = (open_full if args.full else open_toy)(args)
     chunks = cfg.chunks_in(args.frames)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
@@ -1813,9 +1814,9 @@ def stream(args, given, dtype):
     if args.compile:
         compile_student(student)
         if args.full:
-            fastest_attention(cfg, dtype)
+            fastest_attention(cfg, args.dtype)
             world.compile()
-    decode = tiny_decoder(args.vae, dtype) if args.vae else world.decode
+    decode = tiny_decoder(args.vae, args.dtype) if args.vae else world.decode
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
@@ -1846,9 +1847,9 @@ def stream(args, given, dtype):
     print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
 
 
-def bench(args, given, dtype):
+def bench(args):
     """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
-    student, world, cfg = open_full(args, given, dtype)
+    student, world, cfg = open_full(args)
     text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
     decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
@@ -1869,19 +1870,19 @@ def bench(args, given, dtype):
     climb("compiled")
     world.compile()
     climb("VAE compiled")
-    fastest_attention(cfg, dtype)
+    fastest_attention(cfg, args.dtype)
     climb("attention")
     if args.vae:
-        decode = tiny_decoder(args.vae, dtype)
+        decode = tiny_decoder(args.vae, args.dtype)
         climb("tiny VAE")
     use_float8(student)
     climb("fp8")
 
 
-def toy(args, given, dtype):
+def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
-    cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **given)
-    check(not args.ablate or not {"beta", "tilt", "shuffle", "plain_norm"} & set(given),
+    cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
+    check(not args.ablate or not {"beta", "tilt", "shuffle", "plain_norm"} & set(args.given),
           "--ablate sets beta, tilt, shuffle and plain_norm itself: leave them out")
     cfg.chunks_in(args.frames)                                       # refused before it starts
     check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
@@ -1891,7 +1892,7 @@ def toy(args, given, dtype):
         settled = "teacher", "heads", "rope", "drop", "sigma_shift", "text_len"
         if not cfg.ode:
             settled += "causal", "chunk", "denoise"
-        early = [name for name in given if name.startswith(settled)]
+        early = [name for name in args.given if name.startswith(settled)]
         check(not early and args.data.samefile(Options.data), f"{early or ['data']} are settled, "
               "for teacher and causal student are shipped: add --from-scratch")
         run.state["stages"] = load_shipped(cfg) | run.state["stages"]
@@ -1904,17 +1905,17 @@ def toy(args, given, dtype):
 def main(argv=None):
     """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
-        command, args, given = parse(argv)
-        args.frames = args.frames or (477 if command is bench else 81 if args.full else 240)
+        args = parse(argv)
+        args.frames = args.frames or (477 if args.command is bench else 81 if args.full else 240)
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
-        dtype = torch.bfloat16 if gpu and args.full else torch.float32
-        print(f"{torch.get_default_device()}, {dtype}, torch {torch.__version__}; changed from the "
-              f"preset: {given}")
+        args.dtype = torch.bfloat16 if gpu and args.full else torch.float32
+        print(f"{torch.get_default_device()}, {args.dtype}, torch {torch.__version__}; changed "
+              f"from the preset: {args.given}")
         args.out.mkdir(parents=True, exist_ok=True)
-        command(args, given, dtype)
+        args.command(args)
         return 0
     except (BadInput, OSError, FloatingPointError, KeyboardInterrupt,
             json.JSONDecodeError) as error:

@@ -142,7 +142,7 @@ def main(line):
 
 def given(line, command="--toy"):
     """{field of Config: value} of the flags in a line."""
-    return rf.parse([command, *line.split()])[2]
+    return rf.parse([command, *line.split()]).given
 
 
 def refused(call, *args, mend):
