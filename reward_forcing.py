@@ -1485,14 +1485,16 @@ class VideoAlign:
 
 
 class FullRun(Run):
-    """A Run on all processes of mesh, each with a part of every parameter, gradient and moment
-    (FSDP2). Its models start from files."""
-    def __init__(self, cfg, teacher, args, mesh):
-        from torch.distributed import tensor                         # late: it takes half a second
-        self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
-        self.rank, self.processes = mesh.get_rank(), mesh.size()
+    """A Run on all processes that torchrun started, each with a part of every parameter, gradient
+    and moment (FSDP2). Its models start from files."""
+    def __init__(self, args):
+        from torch.distributed import init_device_mesh, tensor       # late: it takes half a second
+        self.processes = int(os.environ["WORLD_SIZE"])
+        cfg, self.teacher = dry_run(args, [self.processes])
         self.turns = units_in("batch", cfg.batch, self.processes * args.micro)
-        self.teacher, self.dtype = teacher, args.dtype
+        mesh = init_device_mesh(torch.get_default_device().type, (self.processes,))
+        self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
+        self.rank, self.dtype = mesh.get_rank(), args.dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
@@ -1605,10 +1607,7 @@ def dry_run(args, counts=(1, 8, 64)):
 def train(args):
     """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
     check("WORLD_SIZE" in os.environ, "--train is started by torchrun, on one GPU too")
-    count = int(os.environ["WORLD_SIZE"])
-    cfg, teacher = dry_run(args, [count])
-    mesh = torch.distributed.init_device_mesh(torch.get_default_device().type, (count,))
-    train_student(FullRun(cfg, teacher, args, mesh))
+    train_student(FullRun(args))
     torch.distributed.destroy_process_group()
 
 
