@@ -1274,9 +1274,9 @@ class WanWorld:
     one, a VAE with random weights. What was told once is remembered."""
     @using("Wan2.1's VAE", "pip install diffusers, and give Wan2.1's Diffusers folder as --wan")
     def __init__(self, folder, cfg, dtype):
-        check(not folder or (folder / "vae").is_dir(), f"there is no folder vae in {folder}")
         from diffusers import AutoencoderKLWan as Wan
-        vae = Wan.from_pretrained(folder / "vae") if folder else Wan()
+        # strict: for a folder that is not there, the library would ask the network
+        vae = Wan.from_pretrained((folder / "vae").resolve(strict=True)) if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
