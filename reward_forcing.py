@@ -20,6 +20,7 @@ and attends, through a cache of keys and values, to the frames it made before. T
     python reward_forcing.py --full --bench                   # the speed of the 1.3B model
     torchrun --nproc-per-node 8 reward_forcing.py --full --train ...     # its training
 
+What each flag means is said in class Config, the numbers of the method, and class Options.
 Read from top to bottom. "Config" to "Training stages" is the method; where it departs from the
 paper, it says so. What follows is the toy's world, the plumbing (how a batch is drawn is in class
 Run), and what the full size needs around the same classes.
@@ -1694,7 +1695,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
-        clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
+        clip=21, batch=64, guidance=3.0,     # and beta=0.5, as the toy has
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
@@ -1721,7 +1722,6 @@ def flag(name):
 def parse(argv):
     """The Options that a command line tells; BadInput if its command does not take them."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     epilog="class Options and class Config say what each means",
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = functools.partial(check, False)
@@ -1799,7 +1799,6 @@ def stream(args):
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, world, cfg = (open_full if args.full else open_toy)(args)
-    chunks = cfg.chunks_in(args.frames)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
         check(frame.isdecimal() and int(frame) < args.frames,
@@ -1807,7 +1806,7 @@ def stream(args):
         script[cfg.chunks_in(int(frame), "--then")] = prompt
     text = world.text([args.prompt, *script.values()])[:1]           # all: refused, learned now
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
-    check(len(start) < chunks, "--start is all of it: raise --frames")
+    check(len(start) < cfg.chunks_in(args.frames), "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
     if args.compile:
@@ -1834,8 +1833,8 @@ def stream(args):
         write_webp(file, pictures)
         bar.update(len(pictures))
         if args.live:
-            state = f"{bar}, {len(cache.frames)} frames in the window, {cache.updates} folded"
-            show(pictures, state)
+            show(pictures,
+                 f"{bar}, {len(cache.frames)} frames in the window, {cache.updates} folded")
     bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames")
     if args.live:
         bar.mininterval = math.inf                                   # show draws it
@@ -1849,7 +1848,7 @@ def stream(args):
 def bench(args):
     """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
     student, world, cfg = open_full(args)
-    text, table = torch.zeros(1, cfg.text_len, cfg.text_dim), {}
+    text, table = torch.zeros(1, 1, cfg.text_dim), {}
     decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
           "seconds of the first chunk; of compiling; GB of the GPU")
