@@ -1615,8 +1615,8 @@ def train(args):
 # ------------------------------------------------------------------------------- Command line
 class Options:
     """With which files, and how. Every field is a flag, as those of Config are. What main hands to
-    a command has three more: command, which is that function; given, {Config field: value told};
-    and dtype."""
+    a command has two more: command, which is that function, and given, {Config field: value}."""
+    dtype = torch.float32           # not a flag: bfloat16 at full size on a GPU
     ablate: bool = False            # with --toy: both ideas against their controls
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
@@ -1905,11 +1905,11 @@ def main(argv=None):
     try:
         args = parse(argv)
         args.frames = args.frames or (477 if args.command is bench else 81 if args.full else 240)
-        gpu = torch.cuda.is_available()
-        if gpu:
+        if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
-        args.dtype = torch.bfloat16 if gpu and args.full else torch.float32
+            if args.full:
+                args.dtype = torch.bfloat16
         print(f"{torch.get_default_device()}, {args.dtype}, torch {torch.__version__}; changed "
               f"from the preset: {args.given}")
         args.out.mkdir(parents=True, exist_ok=True)
