@@ -1413,9 +1413,12 @@ def use_float8(student):
 
 
 # ------------------------------------------------------------------------ Training at full size
-class VideoAlign:
-    """VideoAlign's motion quality (MQ, arXiv 2501.13918), the paper's reward: Qwen2-VL-2B reads the
-    clip and a rating instruction, and a linear head scores its last state at <|MQ_reward|>.
+@using("--reward", "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, its "
+       "instruction as template.txt, and Qwen2-VL-2B-Instruct/")
+def videoalign(folder, dtype):
+    """The paper's reward, a function: VideoAlign's motion quality (MQ, arXiv 2501.13918).
+    Qwen2-VL-2B reads the clip and a rating instruction, and a linear head scores its last state,
+    at <|MQ_reward|>.
 
     The instruction quotes the caption after that token and the model is causal, so the caption
     cannot change MQ: the text is cut at <|MQ_reward|>. What the folder must hold:
@@ -1426,63 +1429,60 @@ class VideoAlign:
         Qwen2-VL-2B-Instruct/    config and tokenizer of the model that it was trained from
     BadInput says what is missing or does not fit.
     """
-    @using("--reward", "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, its "
-           "instruction as template.txt, and Qwen2-VL-2B-Instruct/")
-    def __init__(self, folder, dtype):
-        from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
-        base = folder / "Qwen2-VL-2B-Instruct"
-        config = json.loads((folder / "model_config.json").read_text())
-        data, lora = config["data_config"], config["peft_lora_config"]
-        self.fps, self.norm = data["fps"], config["inference_config"]
-        # patches of 1 image, paired below: asked for 2, it would show each image twice
-        self.processor = Qwen2VLImageProcessor(
-            temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
-        before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
-        check("<|VQ_reward|>" in before and motion,
-              "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
-        self.chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                     "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-                     f"{before}{motion}")                   # Qwen2-VL's chat format
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.tokenizer.add_tokens(
-            ["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-        shape = AutoConfig.from_pretrained(base)
-        shape.text_config.vocab_size = len(self.tokenizer)
-        self.model = AutoModel.from_config(shape, dtype=dtype).eval()
-        path, = folder.glob("checkpoint-*/model.pth")
-        state = torch.load(path, map_location=self.model.device)
-        for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
-            change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
-            change *= lora["lora_alpha"] / lora["lora_r"]
-            state[name.replace("lora_A.default", "base_layer")] += change
-        for name in list(state):                 # peft's names -> those of newer transformers
-            short = name.replace("base_layer.", "").removeprefix("base_model.model.")
-            state[short.replace("model.", "language_model.", 1)] = state.pop(name)
-        self.head = state.pop("rm_head.weight").float()
-        del state["lm_head.weight"]
-        self.model.load_state_dict(state)                        # strict: names every misfit
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
+    base = folder / "Qwen2-VL-2B-Instruct"
+    config = json.loads((folder / "model_config.json").read_text())
+    data, lora = config["data_config"], config["peft_lora_config"]
+    norm = config["inference_config"]
+    # patches of 1 image, paired below: asked for 2, it would show each image twice
+    processor = Qwen2VLImageProcessor(
+        temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
+    before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
+    check("<|VQ_reward|>" in before and motion,
+          "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
+    chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"      # Qwen2-VL's format
+            "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+            f"{before}{motion}")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
+    shape = AutoConfig.from_pretrained(base)
+    shape.text_config.vocab_size = len(tokenizer)
+    model = AutoModel.from_config(shape, dtype=dtype).eval()
+    path, = folder.glob("checkpoint-*/model.pth")
+    state = torch.load(path, map_location=model.device)
+    for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
+        change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
+        change *= lora["lora_alpha"] / lora["lora_r"]
+        state[name.replace("lora_A.default", "base_layer")] += change
+    for name in list(state):                 # peft's names -> those of newer transformers
+        short = name.replace("base_layer.", "").removeprefix("base_model.model.")
+        state[short.replace("model.", "language_model.", 1)] = state.pop(name)
+    head = state.pop("rm_head.weight").float()
+    del state["lm_head.weight"]
+    model.load_state_dict(state)                                     # strict: names every misfit
 
     @torch.no_grad()
-    def __call__(self, frames):
+    def reward(frames):
         """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
         standard deviations from VideoAlign's mean: negative scores are usual."""
         most = frames.shape[1]
-        pairs = round(max(4, most / 16 * self.fps) / 2)              # of images that it sees
+        pairs = round(max(4, most / 16 * data["fps"]) / 2)           # of images that it sees
         chosen = torch.linspace(0, most - 1, 2 * pairs).round().long()
         images = frames[:, chosen].flatten(0, 1).cpu()
-        cut = self.processor(images, return_tensors="pt").to(self.model.device)
+        cut = processor(images, return_tensors="pt").to(model.device)
         # (B pairs 2, h w, 3 14 14) -> (B pairs, h w, 3 2 14 14)
         patches = cut.pixel_values.view(len(images) // 2, 2, -1, 3, 196).movedim(1, 3)
         pad = "<|video_pad|>"                                        # stands for 2 x 2 patches
-        chat = self.chat.replace(pad, pad * (pairs * patches.shape[1] // 4))
-        ids = torch.tensor(self.tokenizer(chat).input_ids).expand(len(frames), -1)
+        told = chat.replace(pad, pad * (pairs * patches.shape[1] // 4))
+        ids = torch.tensor(tokenizer(told).input_ids).expand(len(frames), -1)
         # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        states = self.model(         # it looks at each pair alone: here each is a video of its own
+        states = model(              # it looks at each pair alone: here each is a video of its own
             input_ids=ids, position_ids=positions, video_grid_thw=cut.image_grid_thw[::2],
             pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
-        score = states[:, -1].float() @ self.head[len(self.head) // 2]       # its only row, or MQ's
-        return (score - self.norm["MQ_mean"]) / self.norm["MQ_std"]
+        score = states[:, -1].float() @ head[len(head) // 2]         # its only row, or MQ's
+        return (score - norm["MQ_mean"]) / norm["MQ_std"]
+    return reward
 
 
 class FullRun(Run):
@@ -1498,7 +1498,7 @@ class FullRun(Run):
         self.rank, self.dtype = mesh.get_rank(), args.dtype
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
-        self.reward = VideoAlign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
+        self.reward = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
         world = WanWorld(args.wan, cfg, args.dtype)
         with using(args.prompts, "write a prompt a line, in UTF-8"):
             world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]

@@ -1056,7 +1056,7 @@ PEFT = "base_model.model."
 
 
 def videoalign():
-    return rf.VideoAlign(Path(), float32)
+    return rf.videoalign(Path(), float32)
 
 
 def save_videoalign(rows=1):
@@ -1128,10 +1128,12 @@ def test_videoalign_equals_the_plain_computation_for_every_clip(rows):
 
 
 @parametrize("size, grid", [((480, 832), [24, 42]), ((120, 208), [18, 30])])
-def test_videoalign_sees_squares_of_28_px_and_as_many_as_it_was_trained_on(size, grid):
+def test_videoalign_sees_squares_of_28_px_and_as_many_as_it_was_trained_on(size, grid, spy):
     save_videoalign()
-    cut = videoalign().processor(zeros(3, *size), return_tensors="pt")
-    assert cut.image_grid_thw[0, 1:].tolist() == grid
+    from transformers import Qwen2VLImageProcessor
+    cut = spy(Qwen2VLImageProcessor, "__call__")
+    videoalign()(zeros(1, 4, 3, *size).byte())
+    assert cut[0].result.image_grid_thw[0, 1:].tolist() == grid
 
 
 def test_videoalign_names_what_is_missing_or_does_not_fit():
@@ -1175,7 +1177,7 @@ def replace_large_parts(patch):
     patch(rf.WanWorld, "__init__", lambda *_: None)
     patch(rf.WanWorld, "decode", lambda world, latents, past: latents)
     patch(rf.WanWorld, "learn", learn)
-    patch(rf, "VideoAlign", lambda folder, dtype: folder.is_dir() and reward)
+    patch(rf, "videoalign", lambda folder, dtype: folder.is_dir() and reward)
 
 
 def save_start(folder):
