@@ -122,16 +122,18 @@ class Config:
         check_config(self)                                           # near the command line
 
     @property
-    def rows(self):
-        return self.height // self.stride // 2
+    def grid(self):                                                  # of tokens: rows, columns
+        token = 2 * self.stride                                      # is so many pixels wide
+        return self.height // token, self.width // token
 
     @property
-    def cols(self):
-        return self.width // self.stride // 2
+    def tokens(self):                                                # N
+        return math.prod(self.grid)
 
     @property
     def latent(self):                                                # (C, h, w)
-        return self.channels, 2 * self.rows, 2 * self.cols
+        rows, cols = self.grid
+        return self.channels, 2 * rows, 2 * cols
 
     @property
     def head_dim(self):                                              # D
@@ -189,7 +191,7 @@ def rope_table(cfg, first, frames, device):
     band = cfg.head_dim // 6
     bands = cfg.head_dim // 2 - 2 * band, band, band                 # 64 -> 22, 21, 21
     frame = torch.arange(first, first + frames)
-    grid = torch.cartesian_prod(frame, torch.arange(cfg.rows), torch.arange(cfg.cols))
+    grid = torch.cartesian_prod(frame, *map(torch.arange, cfg.grid))
     angles = [angles_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
     angles = torch.cat(angles, 1)[:, None].to(device)
     return angles.cos().float(), angles.sin().float()
@@ -331,7 +333,7 @@ class VideoTransformer(nn.Module):
             if cache:                                                # a whole clip's would be GBs
                 cache.newest[layer] = kv
         patches = self.head(h, emb[:, :, None, None])                        # (B, F, N, 2*2*C)
-        patches = patches.unflatten(3, (2, 2, -1)).unflatten(2, (self.cfg.rows, -1))
+        patches = patches.unflatten(3, (2, 2, -1)).unflatten(2, self.cfg.grid)
         return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape).type_as(x)
 
 
@@ -1363,9 +1365,8 @@ def fastest_attention(cfg, dtype):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
     a chunk in a full window. Prints and returns {name: seconds} of those that are there. Graphs are
     made anew, for the kernel is a part of them."""
-    tokens = cfg.rows * cfg.cols
-    k = torch.randn(1, cfg.heads, cfg.window * tokens, cfg.head_dim, dtype=dtype)
-    q = k[:, :, :cfg.chunk * tokens]
+    k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=dtype)
+    q = k[:, :, :cfg.chunk * cfg.tokens]
     timer = Timer("torch.nn.functional.scaled_dot_product_attention(q, k, k)", globals=locals())
     times, kernels = {}, torch.backends.cuda
 
@@ -1550,7 +1551,7 @@ class FullRun(Run):
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
         cfg, before, self.clock = self.cfg, self.clock, time.perf_counter()
         seconds = self.clock - before
-        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.rows * cfg.cols
+        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
         super().end_step(
             step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
             memory=torch.cuda.max_memory_allocated() / 1e9,
@@ -1562,9 +1563,8 @@ PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on pap
 
 def frame_flops(cfg, seen):
     """FLOPs of linear layers and attention in one pass, for each frame; it sees so many frames."""
-    tokens = cfg.rows * cfg.cols
-    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * tokens + cfg.text_len)
-    return 2 * cfg.layers * cfg.dim * tokens * width
+    width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * cfg.tokens + cfg.text_len)
+    return 2 * cfg.layers * cfg.dim * cfg.tokens * width
 
 
 def step_flops(cfg, teacher):
@@ -1589,7 +1589,7 @@ def dry_run(args, counts=(1, 8, 64)):
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
                           for c in (cfg, teacher))
-    frame = 2 * args.micro * cfg.rows * cfg.cols * cfg.dim           # bytes of its tokens in bf16
+    frame = 2 * args.micro * cfg.tokens * cfg.dim                    # bytes of its tokens in bf16
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
     for count in counts:
         parts = {

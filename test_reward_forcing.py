@@ -385,7 +385,7 @@ def nearest_sigma(table, timestep):
 
 def test_golden_file_agrees_with_itself(golden):
     a, cfg, _ = golden
-    assert a["cfg.frame_seqlen"] == cfg.rows * cfg.cols
+    assert a["cfg.frame_seqlen"] == cfg.tokens
     assert a["cfg.chunks"] * cfg.chunk == a["stream.noise"].shape[1]
 
 
