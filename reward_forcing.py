@@ -1101,10 +1101,9 @@ def play(student, decode, text, frames, finish, **others):
 def tile(videos, scale):
     """A picture for each frame of videos (B, F, 3, height, width) uint8, in rows of at most 4."""
     columns = math.gcd(len(videos), 4)
-    rows = [torch.cat([*row], 3) for row in videos.split(columns)]   # (F, 3, height, columns width)
-    grid = torch.cat(rows, 2).movedim(1, 3)
+    grid = np.block([[*row.numpy()] for row in videos.cpu().split(columns)])
     return [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
-            for frame in grid.cpu().numpy()]
+            for frame in np.moveaxis(grid, 1, 3)]                    # (height, width, 3)
 
 
 def save_pictures(path, videos):
