@@ -1694,7 +1694,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
-        clip=21, batch=64, guidance=3.0,     # and beta=0.5, as the toy has
+        clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
