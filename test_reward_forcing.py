@@ -191,7 +191,7 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
         sizes = [p.numel() for p in model.state_dict().values()]
         assert len(sizes) == 825 and sum(sizes) == 1_418_996_800
         cache, text_kv = EMASinkCache(FULL), model.embed_text(random_text(FULL))
-        kv = randn(1, 3 * 30 * 52, 12, 128)
+        kv = randn(1, FULL.chunk * FULL.tokens, FULL.dim)
         for _ in "abc":
             cache.newest = [(kv, kv)] * FULL.layers
             cache.append()
