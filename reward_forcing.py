@@ -58,7 +58,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from torch.nn import attention
-from torch.nn.functional import (avg_pool2d, layer_norm, normalize, pad, pixel_shuffle,
+from torch.nn.functional import (avg_pool3d, layer_norm, normalize, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
 from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Timer
@@ -455,7 +455,7 @@ def motion_square(error):
     Like any fixed positive quadratic form it has the minimiser of the plain square, the conditional
     mean. In Re-DMD it turns the gradient g into M g, M a positive matrix: 0 where g is 0. The
     critic is trained by the plain square, as in the paper."""
-    blocks = avg_pool2d(error.flatten(0, 1), 2, 1).unflatten(0, error.shape[:2])
+    blocks = avg_pool3d(error, (1, 2, 2), 1)
     parts = error, 2 * blocks
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
 
