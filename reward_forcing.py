@@ -542,7 +542,7 @@ def train_teacher(run):
 @torch.no_grad()
 def teacher_trajectory(teacher, noise, text, cfg):
     """The guided teacher's path from noise (B, F, C, h, w) to clean frames, at the student's sigmas
-    and at 0: (B, denoise_steps + 1, F, C, h, w).
+    and at 0: (denoise_steps + 1, B, F, C, h, w).
 
     An Euler step of dx/dsigma = v = (x - x0) / sigma from sigma to after:
         x <- x + (after - sigma) v = x0 + (after / sigma) (x - x0)
@@ -552,7 +552,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
         x = path[-1]
         x0 = guided_x0(teacher, x, sigma.expand(len(x), 1), text, 0 * text, cfg.guidance)
         path.append(x0 + after / sigma * (x - x0))
-    return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps], 1)
+    return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps])
 
 
 def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
@@ -611,8 +611,8 @@ def train_causal(run):
         sigma, noise = cfg.sigmas[level], torch.randn_like(clean)
         if cfg.ode:
             path = teacher_trajectory(teacher, noise, text, cfg)
-            noisy = path[torch.arange(len(path))[:, None], level, frames]
-            clean = path[:, -1]
+            noisy = path[level, torch.arange(len(level))[:, None], frames]
+            clean = path[-1]
         else:
             noisy = add_noise(clean, noise, sigma)
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square,
@@ -1164,7 +1164,7 @@ def report(run, frames):
     path = teacher_trajectory(run.model("teacher"), noise, world.text(captions), cfg)
     shown = {
         "data": (world.clips, world.captions),
-        "teacher": (world.decode(path[:, -1]), captions),
+        "teacher": (world.decode(path[-1]), captions),
         "causal": stream_all(run, "causal", cfg.clip, 4),            # these two from the same noise
         "student": stream_all(run, "student", cfg.clip, 4),
     }

@@ -579,7 +579,7 @@ def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
     path = rf.teacher_trajectory(teacher, noise, ones(2, 1, 1), TOY)
     for level, sigma in enumerate([1, 0.9, 0.75, 0.5, 0]):           # at shift 3
         line = (1 - sigma) * (1 + TOY.guidance) + sigma * noise
-        assert error(path[:, level], line) < 1e-5
+        assert error(path[level], line) < 1e-5
 
 
 @parametrize("ode", ["", "--ode"])
@@ -593,7 +593,7 @@ def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(spy, 
     def straight(teacher, noise, text, cfg):
         assert same(teacher.state_dict(), weights)
         sigmas = cfg.schedule(cfg.denoise_steps)
-        return stack([add_noise(end(text), noise, sigma) for sigma in sigmas], 1)
+        return stack([add_noise(end(text), noise, sigma) for sigma in sigmas])
     monkeypatch.setattr(rf, "teacher_trajectory", straight)
     asked, drawn = spy(rf, "regress"), spy(run, "draw_clips")
     rf.train_causal(run)
