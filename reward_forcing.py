@@ -201,6 +201,7 @@ def rotate(x, rope):
     """RoPE: turn each (even, odd) pair of channels of x (..., T, dim) by its token's angle, in all
     heads alike."""
     cos, sin = rope
+    # torch's function, here and in Attention: under a default device the method cannot be compiled
     even, odd = torch.unflatten(x, -1, (-1, cos.shape[-1], 2)).unbind(-1)    # (..., T, H, D/2)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.flatten(-3).type_as(x)
