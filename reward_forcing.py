@@ -1261,15 +1261,16 @@ def load_weights(model, path):
     """
     state = {}
     with using(path, "give this model's .pt, .safetensors or folder (pip install safetensors)"):
-        for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+        for file in sorted(path.glob("*.safetensors")) or [path]:
             if file.suffix == ".safetensors":
                 from safetensors.torch import load_file
-                state.update(load_file(file))
+                state |= load_file(file)
             else:
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         state = state.get("generator_ema", state.get("generator", state))
-        names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("model.") for name in state]
-        model.load_state_dict(dict(zip(names, state.values())), assign=True)
+        state = {name.replace("_fsdp_wrapped_module.", "").removeprefix("model."): p
+                 for name, p in state.items()}
+        model.load_state_dict(state, assign=True)
 
 
 class WanWorld:
