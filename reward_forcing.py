@@ -1750,28 +1750,26 @@ def parse(argv):
     return args
 
 
-def open_toy(args):
-    """(student, world, cfg) of the checkpoint in --out."""
-    check(set(args.given) <= {"alpha", "sink", "window", "seed"},
-          "of the config only --alpha, --sink, --window and --seed may differ from training")
-    state = load_checkpoint(args.out / "checkpoint.pt")
-    trained = state["stages"].get("student", {"step": 0})["step"]
-    check(trained == state["config"]["distill_steps"],
-          f"{args.out} holds no student that is trained to the end: let --toy go on")
-    checksum = state["config"].pop("data")
-    cfg = Config(**state["config"] | args.given)
-    student = VideoTransformer(cfg)
-    student.load_state_dict(state["generator_ema"])
-    world = ToyWorld(cfg, args.data)
-    check(world.checksum == checksum, f"{args.out} was trained in another world: give its --data")
-    return student, world, cfg
-
-
-def open_full(args):
-    """(student, world, cfg) of the full size; for --bench random where no file is given."""
-    cfg = replace(PRESETS["full"], **args.given)
-    cfg.chunks_in(args.frames)                                       # refused before loading
-    world = WanWorld(args.wan, cfg, args.dtype)
+def open_student(args):
+    """(student, world, cfg) to stream with: the toy's by the checkpoint in --out, or those of the
+    full size; for --bench random where no file is given."""
+    if args.full:
+        cfg = replace(PRESETS["full"], **args.given)
+        cfg.chunks_in(args.frames)                                   # refused before loading
+        world = WanWorld(args.wan, cfg, args.dtype)
+    else:
+        check(set(args.given) <= {"alpha", "sink", "window", "seed"},
+              "of the config only --alpha, --sink, --window and --seed may differ from training")
+        args.weights = args.out / "checkpoint.pt"
+        state = load_checkpoint(args.weights)
+        trained = state["stages"].get("student", {"step": 0})["step"]
+        check(trained == state["config"]["distill_steps"],
+              f"{args.out} holds no student that is trained to the end: let --toy go on")
+        checksum = state["config"].pop("data")
+        cfg = Config(**state["config"] | args.given)
+        world = ToyWorld(cfg, args.data)
+        check(world.checksum == checksum,
+              f"{args.out} was trained in another world: give its --data")
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):
         student = VideoTransformer(cfg)
@@ -1799,7 +1797,7 @@ def stream(args):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
     check(not args.live or sys.stdin.isatty() and sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
-    student, world, cfg = (open_full if args.full else open_toy)(args)
+    student, world, cfg = open_student(args)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
         check(frame.isdecimal() and int(frame) < args.frames,
@@ -1848,7 +1846,7 @@ def stream(args):
 
 def bench(args):
     """with --full: speed, each rung on top of the last, with any weights, into out/bench.json"""
-    student, world, cfg = open_full(args)
+    student, world, cfg = open_student(args)
     text, table = torch.zeros(1, 1, cfg.text_dim), {}
     decode = world.decode
     print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
