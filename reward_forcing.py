@@ -1208,7 +1208,7 @@ def ablate(run, frames):
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     base = run.cfg
-    run.out = run.out / "ablation"           # the students' own checkpoint
+    run.out /= "ablation"                    # the students' own checkpoint
     run.out.mkdir(exist_ok=True)
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
@@ -1879,7 +1879,7 @@ def bench(args):
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
-    check(not args.ablate or not {"beta", "tilt", "shuffle", "plain_norm"} & set(args.given),
+    check(not args.ablate or {"beta", "tilt", "shuffle", "plain_norm"}.isdisjoint(args.given),
           "--ablate sets beta, tilt, shuffle and plain_norm itself: leave them out")
     cfg.chunks_in(args.frames)                                       # refused before it starts
     check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
