@@ -929,7 +929,7 @@ def update(model, optimizers, progress):
 
 def write_safely(path, write):
     """write(temporary path), then rename: a killed run leaves the old file or the new one."""
-    temporary = path.with_name("." + path.name)                      # Pillow goes by the suffix
+    temporary = path.with_suffix(".tmp")
     write(temporary)
     os.replace(temporary, path)
 
@@ -1110,8 +1110,7 @@ def tile(videos, scale):
 def save_pictures(path, videos):
     """Tiled videos as GIF, WebP or PNG."""
     first, *rest = tile(videos, 3)
-    write_safely(path, lambda p: first.save(
-        p, save_all=True, append_images=rest, duration=60, loop=0))
+    first.save(path, save_all=True, append_images=rest, duration=60, loop=0)
 
 
 def write_webp(file, pictures):
