@@ -973,11 +973,12 @@ def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
         assert 0.005 < off.min() and off.max() < 0.02
 
 
-def test_attention_is_by_the_fastest_kernel(monkeypatch):
+def test_attention_is_by_the_fastest_kernel(monkeypatch, capsys):
     seconds = iter([2.0, 1.0])
     timer = SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=next(seconds)))
     monkeypatch.setattr(rf, "Timer", lambda *_, **__: timer)
-    assert rf.fastest_attention(SMALL, float32) == {"flash": 2, "cudnn": 1}
+    rf.fastest_attention(SMALL, float32)
+    assert "{'flash': 2.0, 'cudnn': 1.0}" in capsys.readouterr().out
     assert not torch.backends.cuda.flash_sdp_enabled()
 
 
