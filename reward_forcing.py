@@ -1440,9 +1440,6 @@ def videoalign(folder, dtype):
     before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
     check("<|VQ_reward|>" in before and motion,
           "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
-    chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"      # Qwen2-VL's format
-            "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-            f"{before}{motion}")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
     shape = AutoConfig.from_pretrained(base)
@@ -1472,9 +1469,11 @@ def videoalign(folder, dtype):
         cut = processor(images, return_tensors="pt").to(model.device)
         # (B pairs 2, h w, 3 14 14) -> (B pairs, h w, 3 2 14 14)
         patches = cut.pixel_values.view(len(images) // 2, 2, -1, 3, 196).movedim(1, 3)
-        pad = "<|video_pad|>"                                        # stands for 2 x 2 patches
-        told = chat.replace(pad, pad * (pairs * patches.shape[1] // 4))
-        ids = torch.tensor(tokenizer(told).input_ids).expand(len(frames), -1)
+        squares = pairs * patches.shape[1] // 4                      # of 2 x 2 patches
+        chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen2-VL's format
+                f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * squares}<|vision_end|>"
+                f"{before}{motion}")
+        ids = torch.tensor(tokenizer(chat).input_ids).expand(len(frames), -1)
         # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         states = model(              # it looks at each pair alone: here each is a video of its own
