@@ -1759,11 +1759,12 @@ def open_student(args):
               "of the config only --alpha, --sink, --window and --seed may differ from training")
         args.weights = args.out / "checkpoint.pt"
         state = load_checkpoint(args.weights)
+        config = state["config"]
         trained = state["stages"].get("student", {"step": 0})["step"]
-        check(trained == state["config"]["distill_steps"],
+        check(trained == config["distill_steps"],
               f"{args.out} holds no student that is trained to the end: let --toy go on")
-        checksum = state["config"].pop("data")
-        cfg = Config(**state["config"] | args.given)
+        checksum = config.pop("data")
+        cfg = Config(**config | args.given)
         world = ToyWorld(cfg, args.data)
         check(world.checksum == checksum,
               f"{args.out} was trained in another world: give its --data")
