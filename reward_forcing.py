@@ -1533,13 +1533,13 @@ class FullRun(Run):
 
     def cut(self, p):
         """A state dict's tensor in parts; a single number stays whole."""
-        if p.dim():
-            p = self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
-        return p
+        if p.dim() == 0:
+            return p
+        return self.tensor.distribute_tensor(p, *self.layout, src_data_rank=None)
 
     def join(self, p):
         """The inverse, on the CPU of the first process."""
-        if p.dim():
+        if isinstance(p, self.tensor.DTensor):
             p = p.full_tensor()
         return None if self.rank else p.cpu()
 

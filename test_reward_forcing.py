@@ -1232,7 +1232,6 @@ def test_three_sharded_steps_on_two_processes_equal_one_process_with_plain_model
         rf.load_weights(model, run.files[stage])
         return model
     sharded.setattr(rf.FullRun, "model", plain)
-    sharded.setattr(rf.FullRun, "join", lambda run, p: p)
     train("plain")                                                   # each sample has its turn
     assert 0 < difference("whole", "plain") < 1e-5
 
