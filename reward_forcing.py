@@ -1261,11 +1261,7 @@ def load_weights(model, path):
     state = {}
     with using(path, "give this model's .pt, .safetensors or folder (pip install safetensors)"):
         for file in sorted(path.glob("*.safetensors")) or [path]:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
-                state |= load_file(file)
-            else:
-                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            state |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         state = state.get("generator_ema", state.get("generator", state))
         state = {name.replace("_fsdp_wrapped_module.", "").removeprefix("model."): p
                  for name, p in state.items()}

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakSet
 
+os.environ["OMP_NUM_THREADS"] = "1"                  # for torch: several processes share the CPU
+
 import numpy as np
 import torch
 from PIL import Image
@@ -44,7 +46,7 @@ TOY = PRESETS["scratch"]
 FULL = PRESETS["full"]
 SMALL = replace(TOY, dim=24, ffn_dim=32, heads=2, layers=2, height=16, width=24, text_dim=16)
 TINY = ("--from-scratch --dim 24 --ffn-dim 24 --heads 2 --layers 1 --batch 4 --sample-steps 4 "
-        "--critic-ratio 1 --teacher-steps 40 --causal-steps 24 --distill-steps 24 --frames 24")
+        "--critic-ratio 1 --teacher-steps 32 --causal-steps 22 --distill-steps 22 --frames 24")
 
 
 @fixture(autouse=True)
@@ -112,7 +114,8 @@ def jobs(request, tmp_path_factory):
     for name in needed & set(JOBS):
         folder = tmp_path_factory.mktemp(name)
         save_start(folder)
-        started[name] = subprocess.Popen([sys.executable, *JOBS[name]], cwd=folder), folder
+        command = ["nice", sys.executable, *JOBS[name]]
+        started[name] = subprocess.Popen(command, cwd=folder), folder
     yield started
     for process, _ in started.values():
         process.kill()
@@ -202,28 +205,21 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
 
 
 # ------------------------------------------------- Cache and rollout against a slow twin
-class SlowCache(EMASinkCache):
+def slow_rollout(model, text, cfg, noise, start, script, reread):
     """Keeps all clean frames and works out the window anew: the EMA by hand, in float64."""
-    past = []
-
-    def append(self):
-        cfg, chunk = self.cfg, stack([stack(kv) for kv in self.newest], 1)
-        self.past = self.past + [*chunk.chunk(cfg.chunk, 3)]         # (2, layers, B, N, dim)
-        sink, others = self.past[:cfg.sink], self.past[cfg.sink:]
-        gone = max(0, len(self.past) + cfg.chunk - cfg.window)
+    past = []                                                        # each (2, layers, B, N, dim)
+    for chunk in range(7):
+        sink, others = past[:cfg.sink], past[cfg.sink:]
+        gone = max(0, len(past) + cfg.chunk - cfg.window)
         for slot in range(cfg.sink):
             for frame in others[slot:gone:cfg.sink]:
                 sink[slot] = cfg.alpha * sink[slot] + (1 - cfg.alpha) * frame
-        self.frames = sink + others[gone:]
-        if self.frames:
-            keys, values = cat(self.frames, 3)
-            rope = rope_table(cfg, 0, len(self.frames), keys.device)
-            self.context = list(zip(rotate(keys, rope), values))
-
-
-def slow_rollout(model, text, cfg, noise, start, script, reread):
-    cache = SlowCache(cfg)
-    for chunk in range(7):
+        cache = EMASinkCache(cfg)
+        cache.frames = sink + others[gone:]
+        if cache.frames:
+            keys, values = cat(cache.frames, 3)
+            rope = rope_table(cfg, 0, len(cache.frames), keys.device)
+            cache.context = list(zip(rotate(keys, rope), values))
         x, text_kv = noise[chunk, 0], model.embed_text(text)
         for step, sigma in enumerate(cfg.sigmas):
             xt = (1 - sigma) * x + sigma * noise[chunk, step]
@@ -234,7 +230,7 @@ def slow_rollout(model, text, cfg, noise, start, script, reread):
         text = script.get(chunk + 1, text)
         told = model.embed_text(text) if reread else text_kv
         model(x, zeros(len(x), 1), told, cache)
-        cache.append()
+        past += stack([stack(kv) for kv in cache.newest], 1).chunk(cfg.chunk, 3)
 
 
 @parametrize("started, reread", [(0, False), (2, True)])
@@ -1325,12 +1321,13 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     with raises(OSError):                                            # the child is gone
         while True:
             screen += os.read(terminal, 65536).decode(errors="replace")
-            if script and screen.count(script[0][0]) > 12:           # a chunk has three frames
+            if script and screen.count(script[0][0]) > 6:            # a chunk has three frames
                 os.write(terminal, script.pop(0)[1])
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     assert screen.count("\u2580") > 1500 and Image.open(file).n_frames > 5
     shown = file.read_bytes()
-    assert main(line) == 0 and shown[-99:] not in file.read_bytes()  # red to the end
+    assert main(line + " --frames 60") == 0
+    assert shown[-99:] not in file.read_bytes()                      # red to the end
 
 
 @parametrize("line", [
@@ -1396,7 +1393,7 @@ def test_bad_input_is_refused_in_one_line(trained, line, capsys):
 
 def test_compiled_stream_has_two_graphs_for_each_length_of_context_and_equals_eager(streamed,
                                                                                     graphs):
-    flags = "--frames 60 --window 36"
+    flags = "--frames 42 --window 36"
     assert error(streamed(flags), streamed(flags + " --compile")) <= 1
     assert len(graphs) == 12 + 11                # blocks of 0, 3, ..., 33 frames; layouts of 3, ...
 
