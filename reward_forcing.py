@@ -94,7 +94,7 @@ class Config:
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
     clip: int = 12                  # frames that are judged at once; above W: the sink is updated
-    causal_clip: int = 18           # frames per clip of the causal stage: its sink is updated more
+    causal_clip: int = 18           # of the causal stage, not of --ode: its sink is updated more
     batch: int = 12                 # clips per update; fewer where they are longer than `clip`
     teacher_steps: int = 5000
     teacher_lr: float = 0.08        # of Muon, for blocks' matrices; AdamW, for the rest: a tenth
@@ -141,7 +141,7 @@ class Config:
 
     @property
     def sigmas(self):
-        """Noise levels of the denoising steps, from 1 down; the paper's: 1, .9375, .8333, .625."""
+        """Noise levels of the denoising steps, from 1 down; at shift 5: 1, .9375, .8333, .625."""
         return self.schedule(self.denoise_steps)[:-1]
 
     def schedule(self, steps):
@@ -201,7 +201,7 @@ def rotate(x, rope):
     """RoPE: turn each (even, odd) pair of channels of x (..., T, dim) by its token's angle, in all
     heads alike."""
     cos, sin = rope
-    # torch's function, here and in Attention: under a default device the method cannot be compiled
+    # not x.unflatten, here and in Attention: under a default device that cannot be compiled
     even, odd = torch.unflatten(x, -1, (-1, cos.shape[-1], 2)).unbind(-1)    # (..., T, H, D/2)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.flatten(-3).type_as(x)
@@ -362,7 +362,7 @@ class EMASinkCache:
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
     The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Only in train_causal it carries gradient.
+    out, so positions never grow and a stream never ends. Only train_causal sends gradient there.
     """
     def __init__(self, cfg):
         self.cfg = cfg
@@ -518,7 +518,7 @@ class RewardWeight(nn.Module):
 # ----------------------------------------------------------------------------- Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
 # made; its draw_... functions are where data and noise come from. run.stage counts the steps
-# that a stage has left, also where a killed run stopped; run.end_step logs and saves.
+# that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
@@ -588,8 +588,9 @@ def train_causal(run):
     """Stage 2: the teacher becomes the causal student. Chunk by chunk, clean frames in its cache,
     it learns to predict x0 from any of its four noise levels; every chunk has a level of its own.
 
-    The paper (--ode) regresses the ends of the teacher's trajectories, from points on them. But
-    where a trajectory leads depends on the noise of *later* frames, which a causal student cannot
+    The paper regresses the ends of the teacher's trajectories, from points on them. (So does --ode,
+    but for the norm and the gradient through the context; clips give it only their text.) But where
+    a trajectory leads depends on the noise of *later* frames, which a causal student cannot
     see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
     noised data instead, where what comes next follows from what was.
 
@@ -659,8 +660,8 @@ def train_student(run):
     cfg = run.cfg
     teacher, critic = run.model("teacher"), run.model("critic")
     student, average = run.model("causal"), run.model("causal")      # the average is what streams
-    # Little momentum: at first the critic lags behind, and with .95 its misleading gradients are
-    # followed long after. The student's objects then overshoot their size more.
+    # In the toy, little momentum: at first the critic lags behind, and with .95 its misleading
+    # gradients are followed long after. The student's objects then overshoot their size more.
     student_optimizers = make_optimizers(student, cfg.student_lr, cfg.momentum)
     critic_optimizers = make_optimizers(critic, cfg.critic_lr, cfg.momentum)
     # Beyond the paper, --tilt: the weights exp(-reward / beta) go into the critic's loss, and the
@@ -939,14 +940,15 @@ def write_json(path, numbers):
 
 
 def load_checkpoint(path):
-    with using(path, "delete it, if it is there, and train anew, with --toy"):
+    with using(path, "delete it, if it is there, and train anew"):
         return torch.load(path, map_location="cpu", weights_only=True,
                           mmap=torch.distributed.is_initialized())   # a large one: not in memory
 
 
 def load_shipped(cfg):
     """{stage: as end_step saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
-    student. It holds int8 numbers, all parameters of a stage in a row, and a scale for each."""
+    student. It holds int8 numbers, all parameters of a stage in a row, and a scale for
+    each tensor; tiny_data/make.py says how they were trained."""
     stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
     with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
         file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
@@ -1034,8 +1036,8 @@ class Run:
         return self.world.text([prompts[i] for i in picked])
 
     def stage(self, name, steps, *parts):
-        """Count the steps that are left of a stage of training, with a bar. It is taken up where a
-        killed run stopped.
+        """Count the steps that are left of a stage of training, with a bar. After a kill it goes on
+        from what was saved last.
 
         parts are all that the stage changes: first the model that is its result, then others, then
         optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
@@ -1050,7 +1052,8 @@ class Run:
         return self.bar
 
     def end_step(self, step, **numbers):
-        """Log the numbers; save twenty times a stage. FloatingPointError if one is not finite."""
+        """Log the numbers; save some twenty times a stage. FloatingPointError if one is not finite.
+        """
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
@@ -1191,7 +1194,7 @@ ARMS = {                                     # what each arm changes in the toy'
     "plain norm": {"plain_norm": True},
     "static sink": {"alpha": 1.0},
     "no sink": {"sink": 0},
-    "no distillation": {"distill_steps": 1, "student_lr": 1e-12},
+    "no distillation": {"distill_steps": 1, "student_lr": 1e-12},             # a step of nothing
 }
 
 
@@ -1576,6 +1579,7 @@ def step_flops(cfg, teacher):
 
 def dry_run(args, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
+    # --train too calls this, for its own count and for the two configs
     cfg = replace(PRESETS["full"], **args.given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
     units_in("micro", args.micro, 1)
@@ -1589,7 +1593,7 @@ def dry_run(args, counts=(1, 8, 64)):
         parts = {
             "student and critic": 2 * 16 * trained / count,  # weight, gradient, moments in float32
             "average and teacher": (4 * trained + 2 * fixed) / count,        # float32 and bf16
-            "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values, twice: EMASinkCache
+            "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values: stored and laid out
             "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
         parts["in all"] = sum(parts.values())
@@ -1608,9 +1612,9 @@ def train(args):
 
 # ------------------------------------------------------------------------------- Command line
 class Options:
-    """With which files, and how. Every field is a flag, as those of Config are. What main hands to
-    a command has two more: command, which is that function, and given, {Config field: value}."""
-    dtype = torch.float32           # not a flag: bfloat16 at full size on a GPU
+    """With which files, and how. Every field with a type is a flag, as in Config. What main hands
+    to a command has two more: command, that function, and given, {Config field: value}."""
+    dtype = torch.float32           # bfloat16 at full size on a GPU
     ablate: bool = False            # with --toy: both ideas against their controls
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
     compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
