@@ -1362,8 +1362,8 @@ def compile_student(student):
 
 def fastest_attention(cfg, dtype):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Prints {name: seconds} of those that are there. Graphs are made anew,
-    for the kernel is a part of them."""
+    a chunk in a full window. Prints and returns {name: seconds} of those that are there. Graphs are
+    made anew, for the kernel is a part of them."""
     k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=dtype)
     q = k[:, :, :cfg.chunk * cfg.tokens]
     timer = Timer("torch.nn.functional.scaled_dot_product_attention(q, k, k)", globals=locals())
@@ -1384,6 +1384,7 @@ def fastest_attention(cfg, dtype):
     choose(min(times, key=times.get))
     torch.compiler.reset()
     print("seconds of an attention:", times)
+    return times
 
 
 def to_float8(x):
