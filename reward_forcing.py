@@ -605,7 +605,7 @@ def train_causal(run):
     teacher = run.model("teacher") if cfg.ode else None
     optimizers = make_optimizers(student, cfg.causal_lr)
     for step in run.stage("causal", cfg.causal_steps, student, *optimizers):
-        set_seed(cfg.seed, "start", step)    # not "causal": shipped.npz was trained by this word
+        set_seed(cfg.seed, "start", step)    # not "causal": shipped.pt was trained by this word
         clean, text = run.draw_clips(cfg.clip if cfg.ode else cfg.causal_clip, mirror=True)
         frames = torch.arange(clean.shape[1])                                # (F,)
         level = torch.randint(cfg.denoise_steps, (len(clean), len(frames) // cfg.chunk))
@@ -945,22 +945,6 @@ def load_checkpoint(path):
                           mmap=torch.distributed.is_initialized())   # a large one: not in memory
 
 
-def load_shipped(cfg):
-    """{stage: as end_step saves it} of tiny_data/shipped.npz: teacher and, but for --ode, causal
-    student. It holds int8 numbers, all parameters of a stage in a row, and a scale for
-    each tensor; tiny_data/make.py says how they were trained."""
-    stages, steps = {}, {"teacher": cfg.teacher_steps, "causal": cfg.causal_steps}
-    with using("the shipped teacher", "it does not fit these flags, add --from-scratch"):
-        file = np.load(Path(__file__).parent / "tiny_data/shipped.npz")
-        for stage in ["teacher"] if cfg.ode else steps:
-            model = VideoTransformer(cfg)
-            sizes = [p.numel() for p in model.parameters()]
-            weights = torch.tensor(file[stage] * np.repeat(file[stage + " scale"], sizes))
-            nn.utils.vector_to_parameters(weights, model.parameters())
-            stages[stage] = {"step": steps[stage], "parts": [model.state_dict()]}
-    return stages
-
-
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
@@ -975,13 +959,9 @@ class Run:
 
     def __init__(self, cfg, out, world):
         self.cfg, self.out, self.world = cfg, out, world
-        config = asdict(cfg) | {"data": world.checksum}
-        self.state = {"config": config, "log": [], "stages": {}}     # stages: see end_step
+        self.state = {"log": [], "stages": {}}                       # stages: see stage
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
-            differ = dict(config.items() - self.state["config"].items())
-            check(not differ, f"what is in {out} was not trained with {differ}: match it or choose "
-                  "another --out")
 
     def model(self, stage):
         """A VideoTransformer with the weights that a stage made; the critic starts as the
@@ -1037,14 +1017,20 @@ class Run:
 
     def stage(self, name, steps, *parts):
         """Count the steps that are left of a stage of training, with a bar. After a kill it goes on
-        from what was saved last.
+        from what was saved last; BadInput if that was trained with other numbers or data.
 
         parts are all that the stage changes: first the model that is its result, then others, then
         optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
         ends with the same numbers, bit for bit on a CPU.
         """
         self.name, self.steps, self.parts = name, steps, parts
-        saved = self.state["stages"].get(name, {"step": 0, "parts": []})
+        config = asdict(self.cfg) | {"data": self.world.checksum}
+        new = {"config": config, "step": 0, "parts": []}             # step: how many are done
+        self.saved = saved = self.state["stages"].setdefault(name, new)
+        # of a shipped stage the config has only what it was settled by
+        differ = dict(saved["config"].items() - config.items())
+        check(not differ, f"the {name} in {self.out}, or shipped, was trained with {differ}: match "
+              "it, choose another --out, or add --from-scratch")
         for part, state in zip(parts, saved["parts"]):
             part.load_state_dict(tree_map_only(torch.Tensor, self.cut, state))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
@@ -1063,7 +1049,7 @@ class Run:
         if step + 1 == self.steps or step % math.ceil(self.steps / 20) == 0:
             parts = [tree_map_only(torch.Tensor, self.join, part.state_dict())
                      for part in self.parts]
-            state["stages"][self.name] = {"step": step + 1, "parts": parts}
+            self.saved |= {"step": step + 1, "parts": parts}
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.rank == 0:
@@ -1218,7 +1204,6 @@ def ablate(run, frames):
         key = f"{arm}, {frames} frames, {run.cfg}"
         if key not in done:
             print(arm, seed)
-            run.state["config"] |= asdict(run.cfg)
             run.state["log"] = []
             run.state["stages"].pop("student")
             train_student(run)
@@ -1759,13 +1744,11 @@ def open_student(args):
         check(set(args.given) <= {"alpha", "sink", "window", "seed"},
               "of the config only --alpha, --sink, --window and --seed may differ from training")
         args.weights = args.out / "checkpoint.pt"
-        state = load_checkpoint(args.weights)
-        config = state["config"]
-        trained = state["stages"].get("student", {"step": 0})["step"]
-        check(trained == config["distill_steps"],
+        saved = load_checkpoint(args.weights)["stages"].get("student")
+        check(saved and saved["step"] == saved["config"]["distill_steps"],
               f"{args.out} holds no student that is trained to the end: let --toy go on")
-        checksum = config.pop("data")
-        cfg = Config(**config | args.given)
+        checksum = saved["config"].pop("data")
+        cfg = Config(**saved["config"] | args.given)
         world = ToyWorld(cfg, args.data)
         check(world.checksum == checksum,
               f"{args.out} was trained in another world: give its --data")
@@ -1885,13 +1868,10 @@ def toy(args):
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        settled = "teacher", "heads", "rope", "drop", "sigma_shift", "text_len"
-        if not cfg.ode:
-            settled += "causal", "chunk", "denoise"
-        early = [name for name in args.given if name.startswith(settled)]
-        check(not early and args.data.samefile(Options.data), f"{early or ['data']} are settled, "
-              "for teacher and causal student are shipped: add --from-scratch")
-        run.state["stages"] = load_shipped(cfg) | run.state["stages"]
+        shipped = load_checkpoint(Options.data.parent / "shipped.pt")["stages"]
+        if cfg.ode:
+            del shipped["causal"]
+        run.state["stages"] = shipped | run.state["stages"]
     train_teacher(run)
     train_causal(run)
     train_student(run)

@@ -538,7 +538,7 @@ def make_run(line):
     run = rf.Run(cfg, Path(), rf.ToyWorld(cfg, WORLD))
     for stage in "teacher", "causal":
         weights = random_model(cfg, float32).state_dict()
-        run.state["stages"][stage] = {"step": 0, "parts": [weights]}
+        run.state["stages"][stage] = {"config": {}, "step": 0, "parts": [weights]}
     return run
 
 
@@ -1359,7 +1359,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --sample-steps 10 | try 8 or 12",
     "--toy --from-scratch --frames 10 | 9 or 12",
     "--toy --from-scratch --frames -3 | frames=-3",
-    "--toy --from-scratch --layers 2 | 'layers': 2",
+    "--toy --from-scratch --layers 2 | 'layers': 1",
     "--toy --layers 2 --out new | add --from-scratch",
     "--toy --data {}/../other.npz --out new | add --from-scratch",
     "--toy --tilt --shuffle | leave one out",

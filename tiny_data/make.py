@@ -1,7 +1,7 @@
 """Draws the toy's world: 12 captions x 10 clips of one coloured shape that moves and bounces on a dark ground.
 
     python tiny_data/make.py [world.npz]                    # seconds; the same every time
-    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.npz (needs torch)
+    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.pt (needs torch)
     python tiny_data/make.py causal 18                      # there, a causal student trained in clips of 18 frames
 
 It holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
@@ -14,7 +14,7 @@ VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 
 
 For a world of your own write the same arrays (speed and size are for the tests only) and pass the file as --data.
 
-shipped.npz holds the teacher and the causal student, trained on an AMD EPYC, torch 2.13: the teacher with one thread,
+shipped.pt holds the teacher and the causal student, trained on an AMD EPYC, torch 2.13: the teacher with one thread,
 seed 0, by
     python reward_forcing.py --toy --from-scratch --dim 96 --heads 6 --layers 12 --batch 16 --teacher-steps 5000 --out big
 (its stage only) in 66 minutes with other work beside it, 55 alone; the causal student from it, by the computation of
@@ -23,9 +23,11 @@ in 37 minutes: two processes had half of every batch each, compiled, with all ch
 same to rounding. It is trained on 1,200 clips that are drawn like those of world.npz, from another seed (4242), with alpha
 .9, in clips of 18 frames, 2,400 steps, seed 7.
 """
+import io
 import math
 import random
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,20 +124,32 @@ def main(path):
                         mean=mean, encode=encode, decode=decode)
 
 
+SETTLED = {             # the fields of Config that a shipped stage settles: with others it is refused
+    "teacher": "dim ffn_dim heads layers freq_dim rope_base text_dim text_len channels height width stride time_stride "
+               "sigma_shift drop_caption teacher_steps teacher_lr data",
+    "causal": "chunk denoise_steps causal_clip causal_steps causal_lr ode",
+}
+
+
 def pack(*checkpoints):
-    """The stages in these checkpoints as shipped.npz: of each all parameters in a row, as int8, and the scale that each
-    parameter's numbers are multiples of, a 127th of the largest."""
+    """The stages in these checkpoints as shipped.pt, which is a checkpoint too: of each the model alone, every parameter
+    rounded to whole multiples (int8) of a 127th of its largest number, so that the file, a zip, can be compressed."""
     import torch
-    arrays = {}
+    packed, file = {}, io.BytesIO()
     for checkpoint in checkpoints:
         stages = torch.load(checkpoint, weights_only=True)["stages"]
-        for stage in {"teacher", "causal"} & stages.keys():
-            weights = [weight.float().numpy().ravel() for weight in stages[stage]["parts"][0].values()]
-            scales = [abs(weight).max() / 127 for weight in weights]
-            rows = [np.round(weight / scale) for weight, scale in zip(weights, scales)]
-            arrays[stage] = np.concatenate(rows).astype(np.int8)
-            arrays[stage + " scale"] = np.array(scales, np.float32)
-    np.savez_compressed(Path(__file__).parent / "shipped.npz", **arrays)
+        for stage in SETTLED.keys() & stages.keys():
+            saved, weights = stages[stage], {}
+            for name, weight in saved["parts"][0].items():
+                scale = weight.abs().max() / 127
+                weights[name] = (weight / scale).round() * scale
+            config = {name: saved["config"][name] for name in SETTLED[stage].split() if name in saved["config"]}
+            packed[stage] = {"config": config, "step": saved["step"], "parts": [weights]}
+    torch.save({"stages": packed}, file)
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(Path(__file__).parent / "shipped.pt", "w", zipfile.ZIP_DEFLATED,
+                                                         compresslevel=9) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
 
 
 def causal(clip):
@@ -150,7 +164,8 @@ def causal(clip):
     clips, world.captions, *_ = draw(4242, 100)
     world.clips = torch.tensor(clips)
     run = rf.Run(cfg, out, world)
-    run.state["stages"].setdefault("teacher", rf.load_shipped(rf.Config(ode=True))["teacher"])
+    shipped = rf.load_checkpoint(Path(__file__).parent / "shipped.pt")
+    run.state["stages"].setdefault("teacher", shipped["stages"]["teacher"])
     rf.train_causal(run)
     pack(out / "checkpoint.pt")                                     # the teacher stays as it is, bit for bit
 
