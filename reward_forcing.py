@@ -675,12 +675,12 @@ def train_student(run):
         progress = step / cfg.distill_steps
         for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
-            for _ in run.each_turn("critic", step, critic_step):
+            for share in run.each_turn("critic", step, critic_step):
                 count = step * cfg.critic_ratio + critic_step
                 x, text, *_ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(*x.shape)
-                loss = flow_matching_loss(critic, x, text, sigma, noise, weight) / run.turns
+                loss = flow_matching_loss(critic, x, text, sigma, noise, weight) * share
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, progress)
@@ -689,7 +689,8 @@ def train_student(run):
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
-        for _, (x, text, noisy, exit_sigma, updates) in zip(run.each_turn("judges", step), samples):
+        turns = zip(run.each_turn("judges", step), samples)
+        for share, (x, text, noisy, exit_sigma, updates) in turns:
             sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(*x.shape), sigma)
             negative = run.world.text([run.negative] * len(text))
@@ -697,10 +698,10 @@ def train_student(run):
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
-            factor = 1.0 if cfg.tilt else run.own(weight)
-            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor / run.turns,
+            factor = 1.0 if cfg.tilt else weight[run.own]
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor * share,
                             mean_square if cfg.plain_norm else motion_square)
-            gap += (x0_real - x0_fake).abs().mean().item() / run.turns
+            gap += (x0_real - x0_fake).abs().mean().item() * share
         grad_norm = update(student, student_optimizers, progress)
         keep = cfg.weight_ema if step >= cfg.ema_start else 0
         with torch.no_grad():
@@ -953,7 +954,8 @@ class Run:
     those of their own n samples. So any number of turns and processes trains alike, and they all
     stop rollouts at the same step.
     """
-    turns, turn, processes, rank = 1, 0, 1, 0
+    own = slice(None)                # the n samples of this turn and process: all of the batch
+    turns, rank = [own], 0           # own in each turn; the number of this process
     whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
@@ -972,14 +974,11 @@ class Run:
         return model
 
     def each_turn(self, *what):
-        """For each turn: set self.turn, and seed, so that all draw the whole batch's numbers."""
-        for self.turn in range(self.turns):
+        """For each turn: set self.own, and seed, so that all draw the whole batch's numbers. Yields
+        the turn's share of a mean."""
+        for self.own in self.turns:
             set_seed(self.cfg.seed, *what)
-            yield
-
-    def own(self, x):
-        """The n samples of this turn and process, of what the whole batch has."""
-        return x.chunk(self.turns * self.processes)[self.turn * self.processes + self.rank]
+            yield 1 / len(self.turns)
 
     def judge(self, x):
         """The rewards of this turn, of all processes, for x (n, F, C, h, w)."""
@@ -1002,17 +1001,17 @@ class Run:
     def draw_sigma(self):
         """(n, 1) random noise levels. At 1 a noised sample would say nothing of the sample, near 0
         there is nothing left to judge."""
-        u = self.own(torch.rand(self.cfg.batch, 1))
+        u = torch.rand(self.cfg.batch, 1)[self.own]
         return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
 
     def draw_noise(self, n, *shape):
         """Noise (n, *shape) for the n samples, out of that for the whole batch."""
-        return self.own(torch.randn(self.cfg.batch, *shape))
+        return torch.randn(self.cfg.batch, *shape)[self.own]
 
     def draw_prompts(self):
         """The text of n random prompts."""
         prompts = self.world.prompts
-        picked = self.own(torch.randint(len(prompts), (self.cfg.batch,)))
+        picked = torch.randint(len(prompts), (self.cfg.batch,))[self.own]
         return self.world.text([prompts[i] for i in picked])
 
     def stage(self, name, steps, *parts):
@@ -1476,10 +1475,11 @@ class FullRun(Run):
         from torch.distributed import init_device_mesh, tensor       # late: it takes half a second
         self.processes = int(os.environ["WORLD_SIZE"])
         cfg, self.teacher = dry_run(args, [self.processes])
-        self.turns = units_in("batch", cfg.batch, self.processes * args.micro)
+        units_in("batch", cfg.batch, self.processes * args.micro)
         mesh = init_device_mesh(torch.get_default_device().type, (self.processes,))
         self.tensor, self.layout = tensor, (mesh, [tensor.Shard(0)])
         self.rank, self.dtype = mesh.get_rank(), args.dtype
+        self.turns = torch.arange(cfg.batch).split(args.micro)[self.rank::self.processes]
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
         self.negative, self.clock = args.negative, time.perf_counter()
         self.reward = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
