@@ -1032,8 +1032,7 @@ class Run:
               "it, choose another --out, or add --from-scratch")
         for part, state in zip(parts, saved["parts"]):
             part.load_state_dict(tree_map_only(torch.Tensor, self.cut, state))
-        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"],
-                        disable=self.rank > 0)
+        self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
         return self.bar
 
     def end_step(self, step, **numbers):
@@ -1481,7 +1480,7 @@ class FullRun(Run):
         self.rank, self.dtype = mesh.get_rank(), args.dtype
         self.turns = torch.arange(cfg.batch).split(args.micro)[self.rank::self.processes]
         self.files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
-        self.negative, self.clock = args.negative, time.perf_counter()
+        self.negative = args.negative
         self.reward = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
         world = WanWorld(args.wan, cfg, args.dtype)
         with using(args.prompts, "write a prompt a line, in UTF-8"):
@@ -1529,11 +1528,12 @@ class FullRun(Run):
         return None if self.rank else p.cpu()
 
     def end_step(self, step, **numbers):
-        """Log means over the processes, and since the last step: tokens rolled out per second, the
-        most GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
+        """Log means over the processes, and since the run began or went on: tokens rolled out per
+        second, the most GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak
+        allows."""
         means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
-        cfg, before, self.clock = self.cfg, self.clock, time.perf_counter()
-        seconds = self.clock - before
+        cfg = self.cfg
+        seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
         tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
         super().end_step(
             step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
