@@ -929,20 +929,15 @@ def update(model, optimizers, progress):
     return norm.item()
 
 
-def write_safely(path, write):
-    """write(temporary path), then rename: a killed run leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def write_json(path, numbers):
-    write_safely(path, lambda p: p.write_text(json.dumps(numbers, indent=1)))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(numbers, indent=1))
+    temporary.replace(path)                  # so a killed run leaves the old file or the new one
 
 
 def load_checkpoint(path):
     with using(path, "delete it, if it is there, and train anew"):
-        return torch.load(path, map_location="cpu", weights_only=True,
+        return torch.load(path, map_location="cpu",
                           mmap=torch.distributed.is_initialized())   # a large one: not in memory
 
 
@@ -1051,7 +1046,9 @@ class Run:
             if self.name == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.rank == 0:
-                write_safely(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                temporary = self.out / "checkpoint.tmp"
+                torch.save(state, temporary)
+                temporary.replace(self.out / "checkpoint.pt")        # as in write_json
                 (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
@@ -1247,7 +1244,7 @@ def load_weights(model, path):
     state = {}
     with using(path, "give this model's .pt, .safetensors or folder (pip install safetensors)"):
         for file in sorted(path.glob("*.safetensors")) or [path]:
-            state |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            state |= torch.load(file, map_location="cpu", mmap=True)
         state = state.get("generator_ema", state.get("generator", state))
         state = {name.replace("_fsdp_wrapped_module.", "").removeprefix("model."): p
                  for name, p in state.items()}
