@@ -956,7 +956,7 @@ class Run:
 
     def __init__(self, cfg, out, world):
         self.cfg, self.out, self.world = cfg, out, world
-        self.state = {"log": [], "stages": {}}                       # stages: see stage
+        self.state = {"log": []}             # and by name the stages so far: see stage
         if (out / "checkpoint.pt").exists():
             self.state = load_checkpoint(out / "checkpoint.pt")
 
@@ -965,7 +965,7 @@ class Run:
         teacher."""
         made_by = "teacher" if stage == "critic" else stage
         model = VideoTransformer(self.cfg)
-        model.load_state_dict(self.state["stages"][made_by]["parts"][0])
+        model.load_state_dict(self.state[made_by]["parts"][0])
         return model
 
     def each_turn(self, *what):
@@ -1019,8 +1019,8 @@ class Run:
         """
         self.name, self.steps, self.parts = name, steps, parts
         config = asdict(self.cfg) | {"data": self.world.checksum}
-        new = {"config": config, "step": 0, "parts": []}             # step: how many are done
-        self.saved = saved = self.state["stages"].setdefault(name, new)
+        saved = self.saved = self.state.setdefault(
+            name, {"config": config, "step": 0, "parts": []})        # step: how many are done
         # of a shipped stage the config has only what it was settled by
         differ = dict(saved["config"].items() - config.items())
         check(not differ, f"the {name} in {self.out}, or shipped, was trained with {differ}: match "
@@ -1200,7 +1200,7 @@ def ablate(run, frames):
         if key not in done:
             print(arm, seed)
             run.state["log"] = []
-            run.state["stages"].pop("student")
+            run.state.pop("student")
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
             write_json(path, done)
@@ -1741,7 +1741,7 @@ def open_student(args):
         check(set(args.given) <= {"alpha", "sink", "window", "seed"},
               "of the config only --alpha, --sink, --window and --seed may differ from training")
         args.weights = args.out / "checkpoint.pt"
-        saved = load_checkpoint(args.weights)["stages"].get("student")
+        saved = load_checkpoint(args.weights).get("student")
         check(saved and saved["step"] == saved["config"]["distill_steps"],
               f"{args.out} holds no student that is trained to the end: let --toy go on")
         checksum = saved["config"].pop("data")
@@ -1865,10 +1865,10 @@ def toy(args):
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        shipped = load_checkpoint(Options.data.parent / "shipped.pt")["stages"]
+        shipped = load_checkpoint(Options.data.parent / "shipped.pt")
         if cfg.ode:
             del shipped["causal"]
-        run.state["stages"] = shipped | run.state["stages"]
+        run.state = shipped | run.state
     train_teacher(run)
     train_causal(run)
     train_student(run)

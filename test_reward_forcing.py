@@ -538,7 +538,7 @@ def make_run(line):
     run = rf.Run(cfg, Path(), rf.ToyWorld(cfg, WORLD))
     for stage in "teacher", "causal":
         weights = random_model(cfg, float32).state_dict()
-        run.state["stages"][stage] = {"config": {}, "step": 0, "parts": [weights]}
+        run.state[stage] = {"config": {}, "step": 0, "parts": [weights]}
     return run
 
 
@@ -575,7 +575,7 @@ def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
 @parametrize("ode", ["", "--ode"])
 def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(spy, monkeypatch, ode):
     run = make_run(f"--causal-steps 1 --causal-clip 18 {ode}")
-    cfg, weights = run.cfg, run.state["stages"]["teacher"]["parts"][0]
+    cfg, weights = run.cfg, run.state["teacher"]["parts"][0]
 
     def end(text):                                                   # of its trajectory
         return per_sample(text.flatten(1) @ arange(128.0))
@@ -604,7 +604,7 @@ def test_causal_student_regresses_the_clean_end_from_a_level_of_each_chunk(spy, 
 @parametrize("change", ["", "--tilt", "--shuffle", "--ema-start 1"])
 def test_student_step_asks_each_model_about_the_right_samples(spy, change):
     run = make_run(f"--distill-steps 1 --critic-ratio 2 --student-lr 0.5 --critic-lr 0.5 {change}")
-    cfg, stages = run.cfg, dict(run.state["stages"])
+    cfg, stages = run.cfg, dict(run.state)
     run.reward = lambda frames: frames[:, 0, 0, 0, 0] / 255
     names = "draw_samples flow_matching_loss update guided_x0 regress".split()
     samples, critics, updates, teachers, steps = (spy(rf, name) for name in names)
@@ -648,7 +648,7 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
 
     student, before = step.student.state_dict(), stages["causal"]["parts"][0]
     keep = 0 if cfg.ema_start else cfg.weight_ema
-    for name, streamed in run.state["stages"]["student"]["parts"][0].items():
+    for name, streamed in run.state["student"]["parts"][0].items():
         want = before[name].lerp(student[name], 1 - keep)
         assert error(streamed, want) < 1e-5 < error(streamed, before[name])
 
@@ -772,7 +772,7 @@ def test_nan_stops_the_run_names_the_step_and_is_not_saved(monkeypatch, capsys):
     monkeypatch.setattr(rf, "update", lambda *_: next(norms))
     assert main(f"--toy {TINY}") == 1
     assert "teacher step 2 is not finite" in capsys.readouterr().err
-    assert torch.load("out/checkpoint.pt")["stages"]["teacher"]["step"] == 1
+    assert torch.load("out/checkpoint.pt")["teacher"]["step"] == 1
 
 
 def test_ablation_trains_every_arm_once_with_its_own_change(monkeypatch, capsys):
@@ -1223,7 +1223,7 @@ def test_sharded_checkpoint_holds_whole_models_under_the_public_names(sharded):
     rf.load_weights(model, path)
     models = [state[name] for name in "generator_ema generator critic".split()]
     assert same(model.state_dict(), models[0])
-    assert same(state["stages"]["student"]["parts"][:3], models)
+    assert same(state["student"]["parts"][:3], models)
     for name, before in start.items():
         assert all(1e-5 < error(made[name], before) < 0.02 for made in models)
 

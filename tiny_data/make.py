@@ -137,7 +137,7 @@ def pack(*checkpoints):
     import torch
     packed, file = {}, io.BytesIO()
     for checkpoint in checkpoints:
-        stages = torch.load(checkpoint, weights_only=True)["stages"]
+        stages = torch.load(checkpoint, weights_only=True)
         for stage in SETTLED.keys() & stages.keys():
             saved, weights = stages[stage], {}
             for name, weight in saved["parts"][0].items():
@@ -145,7 +145,7 @@ def pack(*checkpoints):
                 weights[name] = (weight / scale).round() * scale
             config = {name: saved["config"][name] for name in SETTLED[stage].split() if name in saved["config"]}
             packed[stage] = {"config": config, "step": saved["step"], "parts": [weights]}
-    torch.save({"stages": packed}, file)
+    torch.save(packed, file)
     with zipfile.ZipFile(file) as plain, zipfile.ZipFile(Path(__file__).parent / "shipped.pt", "w", zipfile.ZIP_DEFLATED,
                                                          compresslevel=9) as small:
         for name in plain.namelist():
@@ -165,7 +165,7 @@ def causal(clip):
     world.clips = torch.tensor(clips)
     run = rf.Run(cfg, out, world)
     shipped = rf.load_checkpoint(Path(__file__).parent / "shipped.pt")
-    run.state["stages"].setdefault("teacher", shipped["stages"]["teacher"])
+    run.state.setdefault("teacher", shipped["teacher"])
     rf.train_causal(run)
     pack(out / "checkpoint.pt")                                     # the teacher stays as it is, bit for bit
 
