@@ -601,8 +601,7 @@ def train_causal(run):
     errors at small sigma more.
     """
     cfg = run.cfg
-    student = run.model("teacher")
-    teacher = run.model("teacher") if cfg.ode else None
+    student, teacher = run.model("teacher"), run.model("teacher")    # the latter is for --ode
     optimizers = make_optimizers(student, cfg.causal_lr)
     for step in run.stage("causal", cfg.causal_steps, student, *optimizers):
         set_seed(cfg.seed, "start", step)    # not "causal": shipped.pt was trained by this word
