@@ -627,7 +627,9 @@ def draw_samples(run, student, count):
     noisy frames they were predicted from; that step's sigma (n, F); how many frames were folded.
 
     In the paper the step is random. Here they take turns by count: each is trained as often."""
-    cfg, text, cache = run.cfg, run.draw_prompts(), EMASinkCache(run.cfg)
+    cfg, world, cache = run.cfg, run.world, EMASinkCache(run.cfg)
+    picked = torch.randint(len(world.prompts), (cfg.batch,))[run.own]
+    text = world.text([world.prompts[i] for i in picked])
     steps = count % cfg.denoise_steps + 1
     chunks = rollout(student, text, cfg, run.draw_noise, cfg.clip // cfg.chunk, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
@@ -1001,12 +1003,6 @@ class Run:
     def draw_noise(self, n, *shape):
         """Noise (n, *shape) for the n samples, out of that for the whole batch."""
         return torch.randn(self.cfg.batch, *shape)[self.own]
-
-    def draw_prompts(self):
-        """The text of n random prompts."""
-        prompts = self.world.prompts
-        picked = torch.randint(len(prompts), (self.cfg.batch,))[self.own]
-        return self.world.text([prompts[i] for i in picked])
 
     def stage(self, name, steps, *parts):
         """Count the steps that are left of a stage of training, with a bar. After a kill it goes on
