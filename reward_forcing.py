@@ -942,6 +942,7 @@ def load_checkpoint(path):
                           mmap=torch.distributed.is_initialized())   # a large one: not in memory
 
 
+@dataclass
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
@@ -950,16 +951,18 @@ class Run:
     those of their own n samples. So any number of turns and processes trains alike, and they all
     stop rollouts at the same step.
     """
+    cfg: Config
+    out: Path
+    world: ToyWorld
     own = slice(None)                # the n samples of this turn and process: all of the batch
     turns, rank = [own], 0           # own in each turn; the number of this process
     whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
-    def __init__(self, cfg, out, world):
-        self.cfg, self.out, self.world = cfg, out, world
+    def __post_init__(self):
         self.state = {"log": []}             # and by name the stages so far: see stage
-        if (out / "checkpoint.pt").exists():
-            self.state = load_checkpoint(out / "checkpoint.pt")
+        if (self.out / "checkpoint.pt").exists():
+            self.state = load_checkpoint(self.out / "checkpoint.pt")
 
     def model(self, stage):
         """A VideoTransformer with the weights that a stage made; the critic starts as the
