@@ -1197,7 +1197,6 @@ def ablate(run, frames):
         key = f"{arm}, {frames} frames, {run.cfg}"
         if key not in done:
             print(arm, seed)
-            run.state["log"] = []
             run.state.pop("student")
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))

@@ -1195,7 +1195,7 @@ def difference(*outs):
         state = torch.load(f"{out}/checkpoint.pt")
         for row in state["log"]:
             del row["tokens_per_second"], row["utilisation"]
-        parts.append(tree_leaves([state["stages"], state["log"]]))
+        parts.append(tree_leaves(state))
     return max(np.abs(np.subtract(a, b)).max() for a, b in zip(*parts, strict=True)
                if isinstance(a, (torch.Tensor, float)))
 
