@@ -937,9 +937,11 @@ def write_json(path, numbers):
 
 
 def load_checkpoint(path):
-    with using(path, "delete it, if it is there, and train anew"):
-        return torch.load(path, map_location="cpu",
-                          mmap=torch.distributed.is_initialized())   # a large one: not in memory
+    """The state of a Run, mapped and not copied; of one that has not begun, if there is no file."""
+    if not path.exists():
+        return {"log": []}                       # and by name the stages so far: see Run.stage
+    with using(path, "delete it and train anew"):
+        return torch.load(path, map_location="cpu", mmap=True)
 
 
 @dataclass
@@ -960,9 +962,7 @@ class Run:
     reward, negative = staticmethod(motion_reward), ""
 
     def __post_init__(self):
-        self.state = {"log": []}             # and by name the stages so far: see stage
-        if (self.out / "checkpoint.pt").exists():
-            self.state = load_checkpoint(self.out / "checkpoint.pt")
+        self.state = load_checkpoint(self.out / "checkpoint.pt")
 
     def model(self, stage):
         """A VideoTransformer with the weights that a stage made; the critic starts as the
@@ -1858,7 +1858,7 @@ def toy(args):
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        shipped = load_checkpoint(Options.data.parent / "shipped.pt")
+        shipped = torch.load(Options.data.parent / "shipped.pt")
         if cfg.ode:
             del shipped["causal"]
         run.state = shipped | run.state
