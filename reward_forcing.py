@@ -958,7 +958,7 @@ class Run:
     world: ToyWorld
     own = slice(None)                # the n samples of this turn and process: all of the batch
     turns, rank = [own], 0           # own in each turn; the number of this process
-    whole = cut = join = staticmethod(lambda x: x)                   # sharding: see full_run
+    whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
     reward, negative = staticmethod(motion_reward), ""
 
     def __post_init__(self):
@@ -1461,76 +1461,6 @@ def videoalign(folder, dtype):
     return reward
 
 
-def full_run(args):
-    """A Run on all processes that torchrun started, each with a part of every parameter, gradient
-    and moment (FSDP2). Its models start from files."""
-    from torch.distributed import fsdp, init_device_mesh, tensor     # late: it takes half a second
-    processes = int(os.environ["WORLD_SIZE"])
-    cfg, guide = dry_run(args, [processes])
-    units_in("batch", cfg.batch, processes * args.micro)
-    mesh = init_device_mesh(torch.get_default_device().type, (processes,))
-    layout = mesh, [tensor.Shard(0)]
-    world = WanWorld(args.wan, cfg, args.dtype)
-    run = Run(cfg, args.out, world)
-    run.rank, run.negative = mesh.get_rank(), args.negative
-    run.turns = torch.arange(cfg.batch).split(args.micro)[run.rank::processes]
-    run.reward = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
-    with using(args.prompts, "write a prompt a line, in UTF-8"):
-        world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
-        check(world.prompts, "it is empty")
-    told = [*world.prompts, args.negative]
-    world.learn(told)                                                # before a model is loaded
-    world.checksum = zlib.crc32(repr(told).encode())
-    files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
-
-    def model(stage):
-        """In parts. A block is put together, in bf16, while it runs. Its activations are
-        not kept but computed again in the backward pass, which is exact: a block depends on its
-        arguments alone, and regress goes back before the context moves on."""
-        size, kept = cfg, torch.float32
-        if stage == "teacher":               # which is not trained
-            size, kept = guide, args.dtype
-        with torch.device("meta"):
-            model = VideoTransformer(size)
-        load_weights(model, files[stage])
-        policy = fsdp.MixedPrecisionPolicy(args.dtype, torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        for module in [*model.blocks, model]:
-            # Back to parts after every pass: what a rollout left together would soon be outdated.
-            fsdp.fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
-            fsdp.register_fsdp_forward_method(module, "embed_text")
-        return model
-
-    def whole(x):
-        """What all processes have of a batch, from what this one has."""
-        return tensor.DTensor.from_local(x, *layout).full_tensor()
-
-    def cut(p):
-        """A state dict's tensor in parts; a single number stays whole."""
-        return tensor.distribute_tensor(p, *layout, src_data_rank=None) if p.dim() else p
-
-    def join(p):
-        """The inverse, on the CPU of the first process."""
-        if isinstance(p, tensor.DTensor):
-            p = p.full_tensor()
-        return None if run.rank else p.cpu()
-
-    def end_step(step, **numbers):
-        """Log means over the processes, and since the run began or went on: tokens rolled out per
-        second, the most GB of a GPU in use, and the model's FLOPs as a part of what a GPU's peak
-        allows."""
-        means = whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
-        seconds = run.bar.format_dict["elapsed"] / (step + 1 - run.bar.initial)
-        tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
-        Run.end_step(
-            run, step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
-            memory=torch.cuda.max_memory_allocated() / 1e9,
-            utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
-    run.model, run.whole, run.cut, run.join, run.end_step = model, whole, cut, join, end_step
-    return run
-
-
 PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
 
 
@@ -1582,7 +1512,73 @@ def dry_run(args, counts=(1, 8, 64)):
 def train(args):
     """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
     check("WORLD_SIZE" in os.environ, "--train is started by torchrun, on one GPU too")
-    train_student(full_run(args))
+    from torch.distributed import fsdp, init_device_mesh, tensor     # late: it takes half a second
+    processes = int(os.environ["WORLD_SIZE"])
+    cfg, guide = dry_run(args, [processes])
+    units_in("batch", cfg.batch, processes * args.micro)
+    mesh = init_device_mesh(torch.get_default_device().type, (processes,))
+    layout = mesh, [tensor.Shard(0)]
+    score = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
+    world = WanWorld(args.wan, cfg, args.dtype)
+    with using(args.prompts, "write a prompt a line, in UTF-8"):
+        world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
+        check(world.prompts, "it is empty")
+    told = [*world.prompts, args.negative]
+    world.learn(told)                                                # before a model is loaded
+    world.checksum = zlib.crc32(repr(told).encode())
+    files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
+
+    class FullRun(Run):
+        """A Run on all processes that torchrun started, each with a part of every parameter,
+        gradient and moment (FSDP2). Its models start from files."""
+        rank, negative, reward = mesh.get_rank(), args.negative, staticmethod(score)
+        turns = torch.arange(cfg.batch).split(args.micro)[rank::processes]
+
+        def model(self, stage):
+            """A model in parts. A block is put together, in bf16, while it runs. Its activations
+            are not kept but computed again in the backward pass, which is exact: a block depends
+            on its arguments alone, and regress goes back before the context moves on."""
+            size, kept = cfg, torch.float32
+            if stage == "teacher":           # which is not trained
+                size, kept = guide, args.dtype
+            with torch.device("meta"):
+                model = VideoTransformer(size)
+            load_weights(model, files[stage])
+            policy = fsdp.MixedPrecisionPolicy(args.dtype, torch.float32, cast_forward_inputs=False)
+            for block in model.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            for module in [*model.blocks, model]:
+                # back to parts after every pass: what a rollout left whole would soon be outdated
+                fsdp.fully_shard(module.to(kept), mp_policy=policy, reshard_after_forward=True)
+                fsdp.register_fsdp_forward_method(module, "embed_text")
+            return model
+
+        def whole(self, x):
+            """What all processes have of a batch, from what this one has."""
+            return tensor.DTensor.from_local(x, *layout).full_tensor()
+
+        def cut(self, p):
+            """A state dict's tensor in parts; a single number stays whole."""
+            return tensor.distribute_tensor(p, *layout, src_data_rank=None) if p.dim() else p
+
+        def join(self, p):
+            """The inverse, on the CPU of the first process."""
+            if isinstance(p, tensor.DTensor):
+                p = p.full_tensor()
+            return None if self.rank else p.cpu()
+
+        def end_step(self, step, **numbers):
+            """Log means over the processes, and since the run began or went on: tokens rolled out
+            per second, the most GB of a GPU in use, and the model's FLOPs as a part of what a
+            GPU's peak allows."""
+            means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
+            seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
+            tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
+            super().end_step(
+                step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
+                memory=torch.cuda.max_memory_allocated() / 1e9,
+                utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
+    train_student(FullRun(cfg, args.out, world))
     torch.distributed.destroy_process_group()
 
 

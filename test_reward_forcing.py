@@ -296,7 +296,7 @@ def test_regress_gives_the_gradients_of_one_graph(recomputed, through):
     made = one_graph(student, text, SMALL, noisy, sigma, clean, through)
     loss = (per_sample(weight) * (made - target) ** 2).mean() / 2
     whole = torch.autograd.grad(loss, [*student.parameters()])
-    for block in student.blocks if recomputed else ():               # as full_run does it
+    for block in student.blocks if recomputed else ():               # as FullRun does it
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     total = regress(student, text, SMALL, noisy, sigma, clean, target, weight,
                     through_context=through)
