@@ -659,8 +659,8 @@ def train_student(run):
     nearer to what was weighted most.
     """
     cfg = run.cfg
-    teacher, critic = run.model("teacher"), run.model("critic")
-    student, average = run.model("causal"), run.model("causal")      # the average is what streams
+    # the average, of the student's weights, is what streams
+    teacher, critic, student, average = map(run.model, ("teacher", "critic", "causal", "causal"))
     # In the toy, little momentum: at first the critic lags behind, and with .95 its misleading
     # gradients are followed long after. The student's objects then overshoot their size more.
     student_optimizers = make_optimizers(student, cfg.student_lr, cfg.momentum)
@@ -690,8 +690,8 @@ def train_student(run):
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(1) if cfg.shuffle else reward)
         loss = gap = 0.0
-        turns = zip(run.each_turn("judges", step), samples)
-        for share, (x, text, noisy, exit_sigma, updates) in turns:
+        for share, (x, text, noisy, exit_sigma, updates) in zip(
+                run.each_turn("judges", step), samples):
             sigma = run.draw_sigma()
             xt = add_noise(x, run.draw_noise(*x.shape), sigma)
             negative = run.world.text([run.negative] * len(text))
