@@ -517,7 +517,7 @@ class RewardWeight(nn.Module):
 
 # ----------------------------------------------------------------------------- Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
-# made; its draw_... functions are where data and noise come from. run.stage counts the steps
+# made; its draw_... functions are where clips and noise come from. run.stage counts the steps
 # that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
@@ -1189,7 +1189,7 @@ def ablate(run, frames):
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     base = run.cfg
-    run.out /= "ablation"                    # the students' own checkpoint
+    run.out /= "ablation"                    # for the last student; the log goes on
     run.out.mkdir(exist_ok=True)
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
