@@ -937,11 +937,24 @@ def write_json(path, numbers):
 
 
 def load_checkpoint(path):
-    """The state of a Run, mapped and not copied; of one that has not begun, if there is no file."""
+    """The state of a Run, of one that has not begun if there is no file. On many GPUs, where it is
+    large, it is mapped and not copied."""
     if not path.exists():
         return {"log": []}                       # and by name the stages so far: see Run.stage
     with using(path, "delete it and train anew"):
-        return torch.load(path, map_location="cpu", mmap=True)
+        return torch.load(path, map_location="cpu", mmap=torch.distributed.is_initialized())
+
+
+def load_shipped(cfg):
+    """The stages of tiny_data/shipped.pt, as in a Run's state: teacher and, but for --ode, causal
+    student; make.py beside it says how they were trained. A tensor is one of int8 and a scale."""
+    stages = torch.load(Path(__file__).parent / "tiny_data/shipped.pt")
+    for saved in stages.values():
+        [pairs] = saved["parts"]
+        saved["parts"] = [{name: whole * scale for name, (whole, scale) in pairs.items()}]
+    if cfg.ode:
+        del stages["causal"]
+    return stages
 
 
 @dataclass
@@ -1854,10 +1867,7 @@ def toy(args):
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
-        shipped = torch.load(Options.data.parent / "shipped.pt")
-        if cfg.ode:
-            del shipped["causal"]
-        run.state = shipped | run.state
+        run.state = load_shipped(cfg) | run.state
     train_teacher(run)
     train_causal(run)
     train_student(run)

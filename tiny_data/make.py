@@ -132,19 +132,19 @@ SETTLED = {             # the fields of Config that a shipped stage settles: wit
 
 
 def pack(*checkpoints):
-    """The stages in these checkpoints as shipped.pt, which is a checkpoint too: of each the model alone, every parameter
-    rounded to whole multiples (int8) of a 127th of its largest number, so that the file, a zip, can be compressed."""
+    """The stages in these checkpoints as shipped.pt, which is a checkpoint too, but has of each stage the model alone, and
+    for every parameter whole numbers, as int8, and their scale, a 127th of the largest. The file, a zip, is compressed."""
     import torch
     packed, file = {}, io.BytesIO()
     for checkpoint in checkpoints:
-        stages = torch.load(checkpoint, weights_only=True)
+        stages = torch.load(checkpoint)
         for stage in SETTLED.keys() & stages.keys():
-            saved, weights = stages[stage], {}
+            saved, pairs = stages[stage], {}
             for name, weight in saved["parts"][0].items():
                 scale = weight.abs().max() / 127
-                weights[name] = (weight / scale).round() * scale
+                pairs[name] = (weight / scale).round().to(torch.int8), scale
             config = {name: saved["config"][name] for name in SETTLED[stage].split() if name in saved["config"]}
-            packed[stage] = {"config": config, "step": saved["step"], "parts": [weights]}
+            packed[stage] = {"config": config, "step": saved["step"], "parts": [pairs]}
     torch.save(packed, file)
     with zipfile.ZipFile(file) as plain, zipfile.ZipFile(Path(__file__).parent / "shipped.pt", "w", zipfile.ZIP_DEFLATED,
                                                          compresslevel=9) as small:
@@ -164,8 +164,7 @@ def causal(clip):
     clips, world.captions, *_ = draw(4242, 100)
     world.clips = torch.tensor(clips)
     run = rf.Run(cfg, out, world)
-    shipped = torch.load(Path(__file__).parent / "shipped.pt")
-    run.state.setdefault("teacher", shipped["teacher"])
+    run.state.setdefault("teacher", rf.load_shipped(cfg)["teacher"])
     rf.train_causal(run)
     pack(out / "checkpoint.pt")                                     # the teacher stays as it is, bit for bit
 
