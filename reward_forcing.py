@@ -1111,9 +1111,8 @@ def save_pictures(path, videos):
 def write_webp(file, pictures):
     """Add frames to an animated WebP, which is open for writing: nothing is held. Its length is put
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
-    width, height = pictures[0].size
-    box = (width - 1 + (height - 1 << 24)).to_bytes(6, "little")
-    shown = bytes(6) + box + b"\x3c\0\0\2"                          # at 0, 0, 60 ms, opaque
+    box = b"".join((side - 1).to_bytes(3, "little") for side in pictures[0].size)
+    shown = b"\0\0\0\0\0\0" + box + b"\x3c\0\0\2"                # at 0, 0, 60 ms, opaque
     file.seek(max(44, file.seek(0, 2)))                              # to its end, behind the head
     for picture in pictures:
         still = io.BytesIO()
@@ -1124,7 +1123,7 @@ def write_webp(file, pictures):
     check(size < 1 << 32, f"{file.name} has the 4 GiB that a WebP may have: it plays, to here")
     file.seek(0)
     file.write(b"RIFF" + size.to_bytes(4, "little") + b"WEBP"        # the head: sizes and contents
-               b"VP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0" + bytes(6))
+               b"VP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0\0\0\0\0\0\0")
 
 
 def show(pictures, state):
