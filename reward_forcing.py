@@ -1596,35 +1596,37 @@ def train(args):
 
 # ------------------------------------------------------------------------------- Command line
 class Options:
-    """With which files, and how. Every field with a type is a flag, as in Config. What main hands
-    to a command has two more: command, that function, and given, {Config field: value}."""
+    """With which files, and how. Every field with a type is a flag, as in Config; what is neither
+    told nor given a value here is None. What main hands to a command has two more: command, that
+    function, and given, {Config field: value}."""
     dtype = torch.float32           # bfloat16 at full size on a GPU
-    ablate: bool = False            # with --toy: both ideas against their controls
+    ablate: bool                    # with --toy: both ideas against their controls
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
-    compile: bool = False           # compile blocks, cache and VAE: slow to start, then faster
-    fp8: bool = False               # blocks' linear layers multiply in 8 bits
-    prompt: str = ""
+    compile: bool                   # compile blocks, cache and VAE: slow to start, then faster
+    fp8: bool                       # blocks' linear layers multiply in 8 bits
+    prompt: str
     then: list = []                 # --then 120 "a blue square": the prompt from that frame on;
                                     # may be given again
-    reread: bool = False            # remember the newest chunk under a new prompt, not the old
-    live: bool = False              # also show it in the terminal; a line entered is a new prompt
-    vae: Path = None                # with --full: folder of TAEHV, in place of Wan's VAE
-    start: Path = None              # a picture, or a GIF or WebP, that the stream goes on from
-    frames: int = 0                 # video frames; 0: 240 in the toy, 81 at full size, bench 477
-    weights: Path = None            # with --full: .pt, .safetensors, or a folder of them; with
+    reread: bool                    # remember the newest chunk under a new prompt, not the old
+    live: bool                      # also show it in the terminal; a line entered is a new prompt
+    vae: Path                       # with --full: folder of TAEHV, in place of Wan's VAE
+    start: Path                     # a picture, or a GIF or WebP, that the stream goes on from
+    frames: int                     # video frames; if none 240 in the toy, 81 at full size, bench
+                                    # 477
+    weights: Path                   # with --full: .pt, .safetensors, or a folder of them; with
                                     # --train where the student starts
-    wan: Path = None                # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
-    critic: Path = None             # with --train: Wan2.1-T2V-1.3B, where the critic starts; read
+    wan: Path                       # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
+    critic: Path                    # with --train: Wan2.1-T2V-1.3B, where the critic starts; read
                                     # as --weights is
-    teacher: Path = None            # with --train: that too, or with --large-teacher Wan2.1-T2V-14B
-    large_teacher: bool = False     # --teacher is Wan2.1-T2V-14B
-    prompts: Path = None            # with --train: a text file, one prompt a line
+    teacher: Path                   # with --train: that too, or with --large-teacher Wan2.1-T2V-14B
+    large_teacher: bool             # --teacher is Wan2.1-T2V-14B
+    prompts: Path                   # with --train: a text file, one prompt a line
     negative: str = ""              # with --train: what guidance leads away from
-    reward: str = ""                # with --train: videoalign:FOLDER
+    reward: str                     # with --train: videoalign:FOLDER
     micro: int = 1                  # with --train: samples on a GPU at a time
     out: Path = Path("out")         # folder of all that is written
     data: Path = Path(__file__).parent / "tiny_data/world.npz"
-    from_scratch: bool = False      # with --toy: train a small teacher too
+    from_scratch: bool              # with --toy: train a small teacher too
 
 
 def check_config(cfg):
@@ -1685,49 +1687,37 @@ PRESETS = {
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
-USES = {                         # what options a command needs | and may have
-    "--toy": "| --ablate --frames --data --from-scratch --out",
-    "--stream": "--prompt | --compile --fp8 --then --reread --live --start --frames --data --out",
-    "--full --stream": "--weights --wan --prompt | "
-                       "--compile --fp8 --then --reread --live --start --frames --vae --out",
-    "--full --bench": "| --weights --wan --vae --frames --out",
-    "--full --train": "--weights --critic --teacher --wan --prompts --reward | "
-                      "--large-teacher --negative --micro --out",
-    "--full --dry-run": "| --large-teacher --micro --out",
+USES = {                         # a command: the Options that it needs | and may have
+    "toy": "| ablate frames data from_scratch out",
+    "stream": "prompt | compile fp8 then reread live start frames data out",
+    "full stream": "weights wan prompt | compile fp8 then reread live start frames vae out",
+    "full bench": "| weights wan vae frames out",
+    "full train": "weights critic teacher wan prompts reward | large_teacher negative micro out",
+    "full dry_run": "| large_teacher micro out",
 }
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv):
     """The Options that a command line tells; BadInput if its command does not take them."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.error = functools.partial(check, False)
     commands = parser.add_mutually_exclusive_group(required=True)
     for command in toy, stream, bench, train, dry_run:
-        commands.add_argument(flag(command.__name__), action="store_const", const=command,
-                              dest="command", help=command.__doc__)
+        commands.add_argument(f"--{command.__name__.replace('_', '-')}", action="store_const",
+                              const=command, dest="command", help=command.__doc__)
     actions = {bool: {"action": argparse.BooleanOptionalAction},
                list: {"action": "append", "nargs": 2}}
-    for fields in Options, Config:
-        for name, kind in fields.__annotations__.items():
-            value = {"type": kind, "help": f"[{getattr(fields, name)}]"}
-            parser.add_argument(flag(name), **actions.get(kind, value))
-    args = parser.parse_args(argv, Options())            # vars(args): what is told, no defaults
-    args.given = {name: value for name, value in vars(args).items()
-                  if name in Config.__annotations__}
-    told = {flag(name) for name in vars(args) if name in Options.__annotations__}
-    name = "--full " * args.full + flag(args.command.__name__)
-    check(name in USES, f"{name} is none of the commands {', '.join(USES)}")
-    needs, takes = (flags.split() for flags in USES[name].split("|"))
-    extra = told - {"--full", *needs, *takes}
-    check(not extra, f"{', '.join(sorted(extra))} is not for {name}, which takes "
-          f"{', '.join(needs + takes)}, and what class Config has: leave it out")
-    check(told >= set(needs), f"{name} needs {', '.join(needs)}")
+    for name, kind in (Options.__annotations__ | Config.__annotations__).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **actions.get(kind, {"type": kind}))
+    args = parser.parse_args(argv, Options())
+    told = {name: value for name, value in vars(args).items() if value is not None}
+    args.given = {name: told.pop(name) for name in Config.__annotations__ if name in told}
+    name = "full " * args.full + args.command.__name__
+    check(name in USES, f"--{name} is none of the commands (a word is a flag): {', '.join(USES)}")
+    needs, takes = USES[name].split("|")
+    wrong = (told.keys() ^ {*needs.split()}) - {"full", "command", *takes.split()}
+    check(not wrong, f"add or leave out --{', --'.join(sorted(wrong))}: {name} needs {needs}and "
+          f"may have{takes}, beside what class Config has")
     return args
 
 
