@@ -1066,18 +1066,18 @@ class Run:
 # ------------------------------------------------------------------------- Streaming and pictures
 def play(student, decode, text, frames, finish, **others):
     """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
-    Returns the seconds of the first chunk, video frames per second by the median of the chunks'
-    second half, the seconds of all. BadInput unless frames make whole chunks.
+    Returns the seconds of each chunk. BadInput unless frames make whole chunks.
 
     text (1, T, text_dim); decode: that of a VAE, None leaves them latents; others: rollout's cache,
     start, steer and reread. Decoding, copying and finish have a thread of their own, beside the
     next chunk's passes. At most two chunks are held.
     """
     cfg, past, clock = student.cfg, {}, [time.perf_counter()]
-    beside = torch.cuda.Stream() if torch.cuda.is_available() else None
+    device = torch.get_device_module(torch.get_default_device())     # torch.cuda, or torch.cpu,
+    beside = device.Stream()                                         # whose streams do nothing
 
     def job(x0):
-        with torch.cuda.stream(beside):
+        with device.stream(beside):
             finish((decode(x0, past) if decode else x0).cpu())
         clock.append(time.perf_counter())
     set_seed(cfg.seed, "stream")
@@ -1085,13 +1085,15 @@ def play(student, decode, text, frames, finish, **others):
         done = thread.submit(int)                                    # nothing to wait for yet
         for x0, _ in rollout(student, text, cfg, chunks=cfg.chunks_in(frames), **others):
             done.result()
-            if beside:
-                beside.wait_stream(torch.cuda.current_stream())      # until x0 is made
+            beside.wait_stream(device.current_stream())              # until x0 is made
             done = thread.submit(job, x0)
         done.result()
-    seconds = np.diff(clock)
-    steady = np.median(seconds[len(seconds) // 2:])
-    return seconds[0], cfg.chunk * cfg.time_stride / steady, seconds.sum()
+    return np.diff(clock)
+
+
+def speed(cfg, seconds):
+    """Video frames per second, by the median of the second half of the chunks' seconds."""
+    return cfg.chunk * cfg.time_stride / np.median(seconds[len(seconds) // 2:])
 
 
 def tile(videos, scale):
@@ -1808,10 +1810,11 @@ def stream(args):
     if args.live:
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
-    with open(args.out / "stream.webp", "wb", 0) as file, bar:       # 0: not held in a buffer
-        first, fps, _ = play(student, decode, text, args.frames, finish, cache=cache,
-                             start=start, steer=steer, reread=args.reread)
-    print(f"{file.name}: first chunk {first:.2f} s, then {fps:.1f} frames per second")
+    with open(f"{args.out}/stream.webp", "wb", 0) as file, bar:      # 0: not held in a buffer
+        seconds = play(student, decode, text, args.frames, finish, cache=cache,
+                       start=start, steer=steer, reread=args.reread)
+    print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {speed(cfg, seconds):.1f} frames "
+          "per second")
 
 
 def bench(args):
@@ -1825,11 +1828,12 @@ def bench(args):
     def climb(rung):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        (_, _, cold), (first, fps, warm), (_, alone, _) = (
-            play(student, each, text, args.frames, len) for each in (decode, decode, None))
+        cold, warm, alone = (play(student, each, text, args.frames, len)
+                             for each in (decode, decode, None))
+        fps = speed(cfg, warm)
         eager = table["eager"][0] if table else fps
         memory = torch.cuda.max_memory_allocated() / 1e9
-        table[rung] = fps, fps / eager, alone, first, cold - warm, memory
+        table[rung] = fps, fps / eager, speed(cfg, alone), warm[0], sum(cold - warm), memory
         print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
         write_json(args.out / "bench.json", table)
     climb("eager")
