@@ -1129,18 +1129,18 @@ def write_webp(file, pictures):
 
 
 def show(pictures, state):
-    """Draw in the terminal at the video's pace, a line of text beneath. A character is two pixels:
-    a half block's colour is the upper one, its ground the lower."""
+    """Draw in the terminal, near the video's pace, a line of text beneath. A character is two
+    pixels: a half block's colour is the upper one, its ground the lower."""
     columns, lines = shutil.get_terminal_size()
     for picture in pictures:
-        due = time.perf_counter() + 0.06
         small = np.asarray(ImageOps.contain(picture, (columns, 2 * lines - 6)))
-        rows = ["\x1b7\x1b[H"]                                      # keep the cursor, go to the top
+        print("\x1b7\x1b[H", end="")                                # keep the cursor, go to the top
         for pair in zip(small[::2], small[1::2]):
-            rows.append("".join("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours)
-                                for colours in np.hstack(pair)))             # (width, 6)
-        print(*rows, state, sep="\x1b[0m\x1b[K\n", end="\x1b[K\x1b8", flush=True)
-        time.sleep(max(0, due - time.perf_counter()))
+            for colours in np.hstack(pair):                                  # (width, 6)
+                print("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours), end="")
+            print("\x1b[0m\x1b[K")
+        print(state, end="\x1b[K\x1b8", flush=True)
+        time.sleep(0.06)
 
 
 def stream_all(run, stage, frames, repeats=1):
