@@ -1115,7 +1115,7 @@ def write_webp(file, pictures):
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
     box = b"".join((side - 1).to_bytes(3, "little") for side in pictures[0].size)
     shown = b"\0\0\0\0\0\0" + box + b"\x3c\0\0\2"                # at 0, 0, 60 ms, opaque
-    file.seek(max(44, file.seek(0, 2)))                              # to its end, behind the head
+    file.seek(file.seek(0, 2) or 44)                                 # to its end, behind the head
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
