@@ -1677,7 +1677,7 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
-        clip=21, causal_clip=21, batch=64, guidance=3.0, beta=0.5,
+        clip=21, batch=64, guidance=3.0,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
@@ -1869,13 +1869,13 @@ def main(argv=None):
         args = parse(argv)
         args.frames = args.frames or (477 if args.command is bench else 81 if args.full else 240)
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # torchrun's
+            torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
             if args.full:
                 args.dtype = torch.bfloat16
         print(f"{torch.get_default_device()}, {args.dtype}, torch {torch.__version__}; changed "
               f"from the preset: {args.given}")
-        args.out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0
     except (BadInput, OSError, FloatingPointError, KeyboardInterrupt,
