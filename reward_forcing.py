@@ -1875,8 +1875,7 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0
-    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt,
-            json.JSONDecodeError) as error:
+    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:
         reason = str(error) or "stopped; --toy goes on from what is saved; a stream's file plays"
         print(f"reward_forcing: {reason}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
