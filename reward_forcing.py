@@ -1612,8 +1612,7 @@ class Options:
     live: bool                      # also show it in the terminal; a line entered is a new prompt
     vae: Path                       # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path                     # a picture, or a GIF or WebP, that the stream goes on from
-    frames: int                     # video frames; if none 240 in the toy, 81 at full size, bench
-                                    # 477
+    frames: int                     # video frames; if none 240 in the toy, 477 at full size
     weights: Path                   # with --full: .pt, .safetensors, or a folder of them; with
                                     # --train where the student starts
     wan: Path                       # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
@@ -1863,7 +1862,7 @@ def main(argv=None):
     """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
     try:
         args = parse(argv)
-        args.frames = args.frames or (477 if args.command is bench else 81 if args.full else 240)
+        args.frames = args.frames or (477 if args.full else 240)
         if torch.cuda.is_available():
             torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
