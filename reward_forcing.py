@@ -1632,14 +1632,13 @@ class Options:
 def check_config(cfg):
     """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
     so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    shares = "alpha drop_caption momentum weight_ema".split()        # in [0, 1]
-    others = "sink guidance ema_start seed ode plain_norm tilt shuffle adamw".split()    # may be 0
+    shares = "alpha drop_caption weight_ema".split()                 # in [0, 1]
+    others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
     for name, value in asdict(cfg).items():
         check(value > 0 or not value and name in shares + others,
-              f"{name}={value} must be above 0; 0 only where that means none")
+              f"{name}={value} must be above 0; 0 only where that means none")    # as in others
         check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
-    check(not (cfg.tilt and cfg.shuffle), "--shuffle is for weights that --tilt "
-          "does not use: leave one out")
+    check(cfg.momentum < 1, "momentum must be less than 1")
     units = {
         "dim": 2 * cfg.heads,                                        # RoPE turns pairs in a head
         "height": 2 * cfg.stride,                                    # a token: 2 x 2 latent pixels
