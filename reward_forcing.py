@@ -112,7 +112,7 @@ class Config:
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
     tilt: bool = False              # weight the critic's loss instead of the student's
-    shuffle: bool = False           # weight each sample by the reward of another: the control
+    shuffle: bool = False           # weight by the reward of another sample: the control of both
     weight_ema: float = 0.9         # moving average of the student's weights, which streams
     ema_start: int = 0              # student updates before it averages; until then it is a copy
     adamw: bool = False             # the paper's AdamW(0, .999) at a constant rate, clipped at 10
@@ -669,6 +669,7 @@ def train_student(run):
     # student's loss has none. Such a critic models student * exp(-reward / beta). DMD makes that
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
+    shuffle = int(cfg.shuffle)               # by so many samples the rewards are shifted
     # the first three are saved also under the names that public code reads: see end_step
     parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
@@ -679,7 +680,7 @@ def train_student(run):
             for share in run.each_turn("critic", step, critic_step):
                 count = step * cfg.critic_ratio + critic_step
                 x, text, *_ = draw_samples(run, student, count)
-                weight = weigh(run.judge(x)) if cfg.tilt else 1.0
+                weight = weigh(run.judge(x).roll(shuffle)) if cfg.tilt else 1.0
                 sigma, noise = run.draw_sigma(), run.draw_noise(*x.shape)
                 loss = flow_matching_loss(critic, x, text, sigma, noise, weight) * share
                 loss.backward()
@@ -688,7 +689,7 @@ def train_student(run):
 
         samples = [draw_samples(run, student, step) for _ in run.each_turn("student", step)]
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
-        weight = weigh(reward.roll(1) if cfg.shuffle else reward)
+        weight = weigh(reward.roll(shuffle))
         loss = gap = 0.0
         for share, (x, text, noisy, exit_sigma, updates) in zip(
                 run.each_turn("judges", step), samples):
@@ -1183,6 +1184,7 @@ ARMS = {                                     # what each arm changes in the toy'
     "DMD": {"beta": math.inf},
     "rewards shuffled": {"shuffle": True},
     "tilted critic": {"tilt": True},
+    "tilted, shuffled": {"tilt": True, "shuffle": True},
     "plain norm": {"plain_norm": True},
     "static sink": {"alpha": 1.0},
     "no sink": {"sink": 0},
@@ -1843,8 +1845,6 @@ def bench(args):
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
-    check(not args.ablate or {"beta", "tilt", "shuffle", "plain_norm"}.isdisjoint(args.given),
-          "--ablate sets beta, tilt, shuffle and plain_norm itself: leave them out")
     cfg.chunks_in(args.frames)                                       # refused before it starts
     check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
