@@ -1098,9 +1098,9 @@ def speed(cfg, seconds):
 
 
 def tile(videos, scale):
-    """A picture for each frame of videos (B, F, 3, height, width) uint8, in rows of 4, or of B if
-    that is less."""
-    grid = np.block([[*row.numpy()] for row in videos.cpu().split(4)])
+    """A picture for each frame of videos (B, F, 3, height, width) uint8, in rows of at most 4."""
+    columns = math.gcd(len(videos), 4)
+    grid = np.block([[*row.numpy()] for row in videos.cpu().split(columns)])
     return [ImageOps.scale(Image.fromarray(frame), scale, Image.NEAREST)
             for frame in np.moveaxis(grid, 1, 3)]                    # (height, width, 3)
 
