@@ -58,7 +58,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from torch.nn import attention
-from torch.nn.functional import (avg_pool3d, layer_norm, normalize, pad, pixel_shuffle,
+from torch.nn.functional import (avg_pool1d, avg_pool3d, layer_norm, pad, pixel_shuffle,
                                  pixel_unshuffle, scaled_dot_product_attention)
 from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Timer
@@ -852,17 +852,17 @@ def measure(chunk, video, captions, last=0):
     frames = video[:, -last:]
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
-    named = torch.tensor([[shape in caption for caption in captions]         # (3, B)
+    named = torch.tensor([[[shape in caption] for caption in captions]       # (3, B, 1)
                           for shape in ("circle", "square", "triangle")])
     overlaps = shape_overlaps(mask, area, centre)                            # (3, B, F)
-    quality = (overlaps * named[..., None]).sum(0)                           # the captioned one's
+    quality = (overlaps * named).sum(0)                                      # the captioned one's
     move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
     at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
-    segments = quality.nan_to_num().unfold(1, segment, segment).mean(2)
-    pixels = video.flatten(2).float()
-    unit = normalize(pixels - pixels.mean(2, keepdim=True), dim=2)   # products are correlations
+    segments = avg_pool1d(quality.nan_to_num(), segment)
+    # pixels of mean 0 and variance 1: the mean of their products is a correlation
+    pixels = layer_norm(video.float(), video.shape[2:]).flatten(2)
     numbers = {
         "shape": quality == overlaps.amax(0),                        # NaN equals nothing
         "agree": agreement(centre),
@@ -873,7 +873,7 @@ def measure(chunk, video, captions, last=0):
         "lost": area == 0,
         "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
-        "copy": (unit[:, -last:] @ unit[:, :chunk].mT).amax(2),
+        "copy": (pixels[:, -last:] @ pixels[:, :chunk].mT).amax(2) / pixels.shape[2],
         "drift": 100 * segments.std(1, correction=0),
     }
     # what is NaN is left out
