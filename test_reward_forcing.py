@@ -749,8 +749,8 @@ def test_every_parameter_is_stepped_once_per_update_by_clipped_gradients(spy):
 def test_muon_is_that_of_torch_to_the_rounding_of_bfloat16():
     start = randn(24, 8)
     ours, theirs = (start.clone().requires_grad_() for _ in "ab")
-    optimizers = (rf.Muon([ours], {"lr": 0.1, "momentum": 0.5}),
-                  torch.optim.Muon([theirs], 0.1, 0.01, 0.5))
+    optimizers = [muon([p], 0.1, 0.01, 0.5)
+                  for muon, p in ((rf.Muon, ours), (torch.optim.Muon, theirs))]
     for _ in "abc":
         ours.grad = theirs.grad = randn_like(start)
         for optimizer in optimizers:
