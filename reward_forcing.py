@@ -890,7 +890,7 @@ class Muon(torch.optim.Muon):
     """Momentum whose step moves a matrix alike in all directions (K. Jordan, 2024): its singular
     values are brought near 1 by five Newton-Schulz iterations, and taken times sqrt(rows / columns)
     if that is above 1. torch's iterates in bf16, this in float32: in bf16 a CPU without bf16 units
-    is 20 times slower."""
+    is 20 times slower. And it uses the gradients up: none is left for the next optimizer."""
     @torch.no_grad()
     def step(self):
         [group] = self.param_groups
@@ -905,6 +905,7 @@ class Muon(torch.optim.Muon):
                 x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
             p.mul_(1 - group["weight_decay"] * lr)
             p.sub_(x, alpha=lr * max(1, len(p) / p.shape[1]) ** 0.5)
+            p.grad = None
 
 
 def make_optimizers(model, lr, momentum=0.95):
@@ -913,9 +914,9 @@ def make_optimizers(model, lr, momentum=0.95):
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p not in set(matrices)]
-    return [Muon(matrices, lr, 0.01, momentum),
-            torch.optim.AdamW(others, lr / 10, betas=(min(0.9, momentum), 0.95), eps=1e-20)]
+    return [Muon(matrices, lr, 0.01, momentum),              # it comes first, AdamW steps what is
+            torch.optim.AdamW(model.parameters(), lr / 10,   # left: parameters without gradient,
+                              betas=(min(0.9, momentum), 0.95), eps=1e-20)]      # it passes over
 
 
 def update(model, optimizers, progress):
