@@ -374,23 +374,23 @@ class EMASinkCache:
 
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
-        cfg = self.cfg
+        cfg, frames = self.cfg, self.frames
         chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, dim)
         for frame in chunk.unbind(3):
-            if len(self.frames) < cfg.sink:
+            if len(frames) < cfg.sink:
                 # contiguous, as lerp makes it: the layout's graph depends on that
                 frame = frame.float().contiguous()
-            self.frames.append(frame)
-        while len(self.frames) > cfg.window - cfg.chunk:
-            leaving = self.frames.pop(cfg.sink).float()
+            frames.append(frame)
+        while len(frames) > cfg.window - cfg.chunk:
+            leaving = frames.pop(cfg.sink).float()
             if cfg.sink:                                             # without a sink it is lost
                 slot = self.updates % cfg.sink                       # = its frame number mod S
-                self.frames[slot] = self.frames[slot].lerp(leaving, 1 - cfg.alpha)
+                frames[slot] = frames[slot].lerp(leaving, 1 - cfg.alpha)
                 self.updates += 1
-        if self.frames:
-            rope = rope_table(cfg, 0, len(self.frames), chunk.device)
-            self.context = list(zip(*self.lay_out(self.frames, rope, chunk)))
+        if frames:
+            rope = rope_table(cfg, 0, len(frames), chunk.device)
+            self.context = list(zip(*self.lay_out(frames, rope, chunk)))
 
     @staticmethod
     def lay_out(frames, rope, like):
