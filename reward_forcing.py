@@ -780,6 +780,11 @@ def to_bytes(pixels):
     return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def pixel_centres(mask):
+    """y (height,) and x (width,) of the pixels in mask (B, F, height, width)."""
+    return [torch.arange(size) + 0.5 for size in mask.shape[2:]]
+
+
 def track(frames):
     """The one bright object in frames (B, F, 3, height, width) uint8: its mask (B, F, height,
     width) in [0, 1], its area (B, F) and its centre (B, F, 2), x and y in px. Where there is no
@@ -789,8 +794,7 @@ def track(frames):
     distance = (pixels - ground).norm(dim=2)             # of colours, at most 3 ** 0.5
     peak = distance.amax((2, 3), keepdim=True)
     mask = distance / peak.clamp_min(1e-6) * (distance > 0.15 * peak) * (peak > 0.2)
-    x = torch.arange(mask.shape[3]) + 0.5
-    y = torch.arange(mask.shape[2]) + 0.5
+    y, x = pixel_centres(mask)
     moment = torch.stack([mask.sum(2) @ x, mask.sum(3) @ y], 2)
     area = mask.sum((2, 3))
     return mask, area, moment / area[..., None]
@@ -821,8 +825,9 @@ def steady_motion(area, centre):
 def shape_overlaps(mask, area, centre):
     """(3, B, F): intersection over union of each mask with a circle, a square and a triangle of its
     own area and centre; NaN where there is no object."""
-    dx = torch.arange(mask.shape[3]) + 0.5 - centre[..., :1, None]           # (B, F, 1, width)
-    dy = torch.arange(mask.shape[2])[:, None] + 0.5 - centre[..., 1:, None]  # (B, F, height, 1)
+    y, x = pixel_centres(mask)
+    dx = x - centre[..., :1, None]                                           # (B, F, 1, width)
+    dy = y[:, None] - centre[..., 1:, None]                                  # (B, F, height, 1)
     reach = torch.stack([                        # the size of a shape that reaches a pixel
         torch.hypot(dx, dy),
         torch.maximum(dx.abs(), dy.abs()),
