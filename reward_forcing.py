@@ -1225,12 +1225,11 @@ def ablate(run, frames):
             write_json(path, done)
         rows.append(list(done[key].values()))
 
-    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))          # the last: measures
+    numbers = np.stack(np.array_split(rows, len(SEEDS)))             # seeds, arms, measures
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[:, :1])):
         errors = table.std(0, ddof=1) / len(SEEDS) ** 0.5
         for arm, *row in zip(ARMS, table.mean(0), errors):
-            print(f"{arm + suffix:28}", *[f"{name} {mean:.3f} +- {error:.3f}"
-                                          for name, mean, error in zip(done[key], *row)])
+            print(f"{arm + suffix:28}", *map("{} {:.3f} +- {:.3f}".format, done[key], *row))
 
 
 # ----------------------------------------------------------------------------------- Bad input
