@@ -176,10 +176,12 @@ def predict_x0(model, xt, sigma, text_kv, cache=None):
 
 
 # -------------------------------------------------------------------------------------- Layers
-def angles_of(position, count, base):
-    """position (...) at `count` frequencies from 1 down to nearly 1 / base: (..., count) float64"""
+def waves_of(position, count, base):
+    """Cosines and sines of position (...) at `count` frequencies from 1 down to nearly 1 / base:
+    two of (..., count), float64."""
     exponent = torch.arange(count).double() / count
-    return position[..., None] * base ** -exponent
+    angles = position[..., None] * base ** -exponent
+    return angles.cos(), angles.sin()
 
 
 @functools.cache
@@ -192,9 +194,8 @@ def rope_table(cfg, first, frames, device):
     bands = cfg.head_dim // 2 - 2 * band, band, band                 # 64 -> 22, 21, 21
     frame = torch.arange(first, first + frames)
     grid = torch.cartesian_prod(frame, *map(torch.arange, cfg.grid))
-    angles = [angles_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
-    angles = torch.cat(angles, 1)[:, None].to(device)
-    return angles.cos().float(), angles.sin().float()
+    waves = [waves_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
+    return [torch.cat(wave, 1)[:, None].to(device, torch.float32) for wave in zip(*waves)]
 
 
 def rotate(x, rope):
@@ -314,9 +315,8 @@ class VideoTransformer(nn.Module):
 
     def embed_sigma(self, sigma):
         """[cos | sin] of 1000 sigma at freq_dim/2 frequencies, worked out in float64."""
-        angles = angles_of(1000 * sigma.double(), self.cfg.freq_dim // 2, 10000.0)
-        waves = torch.cat([angles.cos(), angles.sin()], -1)
-        return waves.to(self.patch_embedding.weight)
+        waves = waves_of(1000 * sigma.double(), self.cfg.freq_dim // 2, 10000.0)
+        return torch.cat(waves, -1).to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
         """Velocity (B, F, C, h, w) at x of that shape; sigma (B, 1) or, one a frame, (B, F).
