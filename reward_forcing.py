@@ -731,23 +731,21 @@ class ToyWorld:
     """
     def __init__(self, cfg, path):
         self.cfg = cfg
-        with using(path, f"make another by tiny_data/make.py, or change --stride {cfg.stride}"):
+        with using(path, "change the flags, or make another by tiny_data/make.py"):
             file = np.load(path)
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
             self.checksum = zlib.crc32(file["clips"])
-            _, frames, *latent = self.encode(self.clips[:1]).shape
-        self.prompts = list(dict.fromkeys(self.captions))
-        self.words = sorted(set(" ".join(self.captions).split()))
-        longest = max(cfg.clip, cfg.causal_clip)
-        check(latent == [*cfg.latent] and frames >= longest and len(self.words) <= cfg.text_dim
-              and cfg.time_stride == 1,
-              f"{path} has latents of {latent}, {frames} frames and {len(self.words)} words, which "
-              f"do not fit {[*cfg.latent]}, --clip or --causal-clip {longest}, --text-dim "
-              f"{cfg.text_dim} and --time-stride {cfg.time_stride}: change the flags or make "
-              "another by tiny_data/make.py")
-        self.text(self.prompts)                                      # is one too long? refused now
+            _, frames, *latent = self.encode(self.clips[:1]).shape           # --stride fits, or not
+            check(latent == [*cfg.latent] and frames >= max(cfg.clip, cfg.causal_clip)
+                  and cfg.time_stride == 1,
+                  f"latents of {latent}, {frames} frames, --time-stride 1 do not fit latents of "
+                  f"{[*cfg.latent]}, --clip {cfg.clip}, --causal-clip {cfg.causal_clip}, "
+                  f"--time-stride {cfg.time_stride}")
+            self.prompts = list(dict.fromkeys(self.captions))
+            self.words = sorted(set(" ".join(self.captions).split()))
+            self.text(self.prompts)          # refused now: a prompt too long, words for --text-dim
 
     def text(self, captions):
         """The toy's text encoder: captions to (B, text_len, text_dim).
