@@ -731,7 +731,7 @@ class ToyWorld:
     """
     def __init__(self, cfg, path):
         self.cfg = cfg
-        with using(path, "change the flags, or make another by tiny_data/make.py"):
+        with using(path, "change the flags (--stride, --text-dim) or make another by make.py"):
             file = np.load(path)
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
@@ -751,15 +751,13 @@ class ToyWorld:
         """The toy's text encoder: captions to (B, text_len, text_dim).
 
         One-hot words, so that the model's first text layer learns one token per word; "" is all
-        zeros, the null caption of guidance. BadInput for a word that is not known.
+        zeros, the null caption of guidance. BadInput for an unknown word and for too many.
         """
         features = torch.zeros(len(captions), self.cfg.text_len, self.cfg.text_dim)
         for row, caption in zip(features, captions):
-            words = caption.split()
-            check(len(words) <= len(row) and set(words) <= set(self.words),
-                  f"{caption!r} must be at most {len(row)} words of: {', '.join(self.words)}")
-            for token, word in zip(row, words):
-                token[self.words.index(word)] = 1
+            with using(repr(caption), f"take at most {len(row)} words of: {', '.join(self.words)}"):
+                for position, word in enumerate(caption.split()):
+                    row[position, self.words.index(word)] = 1
         return features
 
     def encode(self, frames):
