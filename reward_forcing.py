@@ -360,7 +360,7 @@ class EMASinkCache:
 
     The sink starts as the first S frames; frame f goes to slot f mod S, so that each slot is
     fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
-    The sink is kept in float32: in bf16 an update with alpha = .999 mostly rounds away.
+    All is kept in float32: in bf16 an update of the sink with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
     out, so positions never grow and a stream never ends. Only train_causal sends gradient there.
     """
@@ -377,13 +377,10 @@ class EMASinkCache:
         cfg, frames = self.cfg, self.frames
         chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
         chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, dim)
-        for frame in chunk.unbind(3):
-            if len(frames) < cfg.sink:
-                # contiguous, as lerp makes it: the layout's graph depends on that
-                frame = frame.float().contiguous()
-            frames.append(frame)
+        # contiguous, as lerp makes them: the layout's graph depends on that
+        frames += [frame.float().contiguous() for frame in chunk.unbind(3)]
         while len(frames) > cfg.window - cfg.chunk:
-            leaving = frames.pop(cfg.sink).float()
+            leaving = frames.pop(cfg.sink)
             if cfg.sink:                                             # without a sink it is lost
                 slot = self.updates % cfg.sink                       # = its frame number mod S
                 frames[slot] = frames[slot].lerp(leaving, 1 - cfg.alpha)
@@ -395,7 +392,7 @@ class EMASinkCache:
     @staticmethod
     def lay_out(frames, rope, like):
         """Frames side by side, keys turned to their positions; --compile makes it one kernel."""
-        keys, values = torch.cat([frame.type_as(like) for frame in frames], 3)
+        keys, values = torch.cat(frames, 3).type_as(like)
         return rotate(keys, rope), values                                    # (layers, B, T, dim)
 
 
