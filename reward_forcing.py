@@ -1433,9 +1433,8 @@ def videoalign(folder, dtype):
           "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-    shape = AutoConfig.from_pretrained(base)
-    shape.text_config.vocab_size = len(tokenizer)
-    model = AutoModel.from_config(shape, dtype=dtype).eval()
+    model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+    model.requires_grad_(False).resize_token_embeddings(len(tokenizer))
     path, = folder.glob("checkpoint-*/model.pth")
     state = torch.load(path, map_location=model.device)
     for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
@@ -1443,13 +1442,12 @@ def videoalign(folder, dtype):
         change *= lora["lora_alpha"] / lora["lora_r"]
         state[name.replace("lora_A.default", "base_layer")] += change
     for name in list(state):                 # peft's names -> those of newer transformers
-        short = name.replace("base_layer.", "").removeprefix("base_model.model.")
-        state[short.replace("model.", "language_model.", 1)] = state.pop(name)
+        new = name.replace("base_layer.", "").replace("base_model.model.model", "language_model")
+        state[new.removeprefix("base_model.model.")] = state.pop(name)
     head = state.pop("rm_head.weight").float()
     del state["lm_head.weight"]
     model.load_state_dict(state)                                     # strict: names every misfit
 
-    @torch.no_grad()
     def reward(frames):
         """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
         standard deviations from VideoAlign's mean: negative scores are usual."""
@@ -1464,9 +1462,9 @@ def videoalign(folder, dtype):
         chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen2-VL's format
                 f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * squares}<|vision_end|>"
                 f"{before}{motion}")
-        ids = torch.tensor(tokenizer(chat).input_ids).expand(len(frames), -1)
+        ids = torch.tensor(tokenizer([chat] * len(frames)).input_ids)
         # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        positions = torch.arange(ids.shape[1])[None]
         states = model(              # it looks at each pair alone: here each is a video of its own
             input_ids=ids, position_ids=positions, video_grid_thw=cut.image_grid_thw[::2],
             pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
