@@ -769,8 +769,8 @@ class ToyWorld:
 
 
 def to_bytes(pixels):
-    """[-1, 1] to uint8."""
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+    """[-1, 1], in any precision, to uint8."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def pixel_centres(mask):
@@ -1318,13 +1318,13 @@ class WanWorld:
         memory = past.setdefault("memory", [None] * 99)              # one a convolution, and more
         pixels = [decoder(frame, feat_cache=memory, feat_idx=[0])
                   for frame in self.vae.post_quant_conv(z).split(1, 2)]
-        return to_bytes(torch.cat(pixels, 2).transpose(1, 2).float())
+        return to_bytes(torch.cat(pixels, 2).transpose(1, 2))
 
     def encode(self, frames):
         """The inverse at a stream's start: (B, 4 F - 3, 3, 8 h, 8 w) uint8 -> (B, F, 16, h, w)."""
         pixels = (frames / 127.5 - 1).transpose(1, 2).to(self.vae.dtype)
-        z = self.vae.encode(pixels).latent_dist.mode().transpose(1, 2)
-        return (z.float() - self.mean) / self.std
+        z = self.vae.encode(pixels).latent_dist.mean.transpose(1, 2)
+        return (z - self.mean) / self.std                            # float32, as mean and std are
 
 
 @using("--vae", "it needs a clone of github.com/madebyollin/taehv")
@@ -1338,7 +1338,7 @@ def tiny_decoder(folder, dtype):
     def decode(latents, past):
         stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
         frames = [stream.decode(latents.to(dtype)), *iter(stream.decode, None)]
-        return to_bytes(2 * torch.cat(frames, 1).float() - 1)
+        return to_bytes(2 * torch.cat(frames, 1) - 1)
     return decode
 
 
