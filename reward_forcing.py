@@ -1289,16 +1289,15 @@ class WanWorld:
         check(encoder.shared.weight.any(), f"the text encoder in {self.folder} has only zeros for "
               "its word embedding: download it again, or try another release of transformers")
         encoder.to(torch.get_default_device())
-        tokens = tokenizer(prompts, truncation=True, max_length=self.cfg.text_len).input_ids
-        for prompt, ids in zip(prompts, tokens):
+        for prompt in prompts:
+            ids = tokenizer(prompt, truncation=True, max_length=self.cfg.text_len).input_ids
             self.features[prompt] = encoder(torch.tensor([ids])).last_hidden_state[0].cpu()
 
     def text(self, prompts):
         """(B, T, text_dim), zero after the last token; T is the longest's."""
         if not self.features.keys() >= set(prompts):
             self.learn(prompts)
-        features = [self.features[prompt] for prompt in prompts]
-        return nn.utils.rnn.pad_sequence(features, batch_first=True)
+        return nn.utils.rnn.pad_sequence([self.features[p] for p in prompts], batch_first=True)
 
     def compile(self):
         """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
