@@ -1512,9 +1512,8 @@ def dry_run(args, counts=(1, 8, 64)):
             "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values: stored and laid out
             "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
-        parts["in all"] = sum(parts.values())
         seconds = step_flops(cfg, teacher) / count / RATE
-        print(f"{count} GPUs: {seconds:.0f} s a step, GB of each:",
+        print(f"{count} GPUs: {seconds:.0f} s a step, {sum(parts.values()) / 1e9:.1f} GB of each:",
               {name: round(part / 1e9, 1) for name, part in parts.items()})
     return cfg, teacher
 
