@@ -279,8 +279,8 @@ class Head(nn.Module):
         nn.init.zeros_(self.head.weight)                             # first velocity: near zero
 
     def forward(self, x, sigma_emb):
-        shift, scale = (self.modulation + sigma_emb).unbind(3)               # (B, F, 1, dim)
-        return self.head(modulate(x, shift, scale))
+        shift_scale = (self.modulation + sigma_emb).unbind(3)                # (B, F, 1, dim) each
+        return self.head(modulate(x, *shift_scale))
 
 
 # --------------------------------------------------------------------------------- Transformer
