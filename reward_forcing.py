@@ -58,8 +58,9 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from torch.nn import attention
-from torch.nn.functional import (avg_pool1d, avg_pool3d, layer_norm, pad, pixel_shuffle,
-                                 pixel_unshuffle, scaled_dot_product_attention)
+from torch.nn.functional import (ScalingType, avg_pool1d, avg_pool3d, layer_norm, pad,
+                                 pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention,
+                                 scaled_mm)
 from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
@@ -307,7 +308,7 @@ class VideoTransformer(nn.Module):
         """text (B, T, text_dim) -> for every layer the keys and values of its cross-attention.
 
         Short text is padded with zeros *before* the text layers, so padding becomes a constant
-        token that is attended to, as in Wan2.1.
+        token that is attended to, as in Wan2.1. Longer text is cut by the same call.
         """
         text = pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         text = self.text_embedding(text.to(self.patch_embedding.weight))
@@ -1266,20 +1267,20 @@ class WanWorld:
     """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
     one, a VAE with random weights. What was told once is remembered."""
     @using("Wan2.1's VAE", "pip install diffusers, and give Wan2.1's Diffusers folder as --wan")
-    def __init__(self, folder, cfg, dtype):
+    def __init__(self, folder, dtype):
         from diffusers import AutoencoderKLWan as Wan
         # strict: for a folder that is not there, the library would ask the network
         vae = Wan.from_pretrained((folder / "vae").resolve(strict=True)) if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
-        self.folder, self.cfg, self.features = folder, cfg, {}
+        self.folder, self.features = folder, {}
 
     @using("Wan2.1's text encoder", "pip install transformers, and see that --wan is complete")
     @torch.no_grad()
     def learn(self, prompts):
-        """Keep the features (T, text_dim) of prompts by UMT5-XXL, T tokens of at most text_len. The
-        encoder is loaded, used and freed in this one call."""
+        """Keep the features (T, text_dim) of prompts by UMT5-XXL, T tokens. The encoder is loaded,
+        used and freed in this one call."""
         from transformers import AutoTokenizer, UMT5EncoderModel
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         with torch.device("cpu"):            # onto a GPU the library loads with another package
@@ -1290,7 +1291,7 @@ class WanWorld:
               "its word embedding: download it again, or try another release of transformers")
         encoder.to(torch.get_default_device())
         for prompt in prompts:
-            ids = tokenizer(prompt, truncation=True, max_length=self.cfg.text_len).input_ids
+            ids = tokenizer(prompt, truncation=True).input_ids       # embed_text cuts longer ones
             self.features[prompt] = encoder(torch.tensor([ids])).last_hidden_state[0].cpu()
 
     def text(self, prompts):
@@ -1330,9 +1331,9 @@ class WanWorld:
 def tiny_decoder(folder, dtype):
     """As WanWorld.decode, by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own
     code: folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
-    sys.path.append(str(folder))
+    sys.path.append(folder)
     from taehv import TAEHV, StreamingTAEHV
-    model = TAEHV(str(folder / "taew2_1.pth")).to(dtype).requires_grad_(False)
+    model = TAEHV(folder + "/taew2_1.pth").to(dtype).requires_grad_(False)
 
     def decode(latents, past):
         stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
@@ -1343,7 +1344,7 @@ def tiny_decoder(folder, dtype):
 
 def compile_student(student):
     """A graph for each length of the context, shared by all blocks, and one to lay it out."""
-    torch._dynamo.config.recompile_limit = 8 + student.cfg.window
+    torch._dynamo.config.recompile_limit = 999                       # no window has so many lengths
     for block in student.blocks:
         block.compile(fullgraph=True, dynamic=False)
     EMASinkCache.lay_out = staticmethod(
@@ -1386,9 +1387,9 @@ class Float8Linear(nn.Linear):
     """A linear layer that multiplies in 8 bits."""
     def forward(self, x):
         rows, scale = to_float8(x.flatten(0, -2))
-        by_row = nn.functional.ScalingType.RowWise
-        out = nn.functional.scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
-        return (out.view(*x.shape[:-1], -1) + self.bias).type_as(x)
+        by_row = ScalingType.RowWise
+        out = scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
+        return out.view(*x.shape[:-1], -1) + self.bias               # of the bias' type, as x is
 
 
 @using("--fp8", "of GPUs it needs an H100 or newer")
@@ -1432,7 +1433,7 @@ def videoalign(folder, dtype):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
     model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
-    model.requires_grad_(False).resize_token_embeddings(len(tokenizer))
+    model.eval().requires_grad_(False).resize_token_embeddings(len(tokenizer))
     path, = folder.glob("checkpoint-*/model.pth")
     state = torch.load(path, map_location=model.device)
     for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
@@ -1528,7 +1529,7 @@ def train(args):
     mesh = init_device_mesh(torch.get_default_device().type, (processes,))
     layout = mesh, [tensor.Shard(0)]
     score = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
-    world = WanWorld(args.wan, cfg, args.dtype)
+    world = WanWorld(args.wan, args.dtype)
     with using(args.prompts, "write a prompt a line, in UTF-8"):
         world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
         check(world.prompts, "it is empty")
@@ -1606,7 +1607,7 @@ class Options:
                                     # may be given again
     reread: bool                    # remember the newest chunk under a new prompt, not the old
     live: bool                      # also show it in the terminal; a line entered is a new prompt
-    vae: Path                       # with --full: folder of TAEHV, in place of Wan's VAE
+    vae: str                        # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path                     # a picture, or a GIF or WebP, that the stream goes on from
     frames: int                     # video frames; if none 240 in the toy, 477 at full size
     weights: Path                   # with --full: .pt, .safetensors, or a folder of them; with
@@ -1718,7 +1719,7 @@ def open_student(args):
     if args.full:
         cfg = replace(PRESETS["full"], **args.given)
         cfg.chunks_in(args.frames)                                   # refused before loading
-        world = WanWorld(args.wan, cfg, args.dtype)
+        world = WanWorld(args.wan, args.dtype)
     else:
         check(set(args.given) <= {"alpha", "sink", "window", "seed"},
               "of the config only --alpha, --sink, --window and --seed may differ from training")
