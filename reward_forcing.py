@@ -119,9 +119,6 @@ class Config:
     adamw: bool = False             # the paper's AdamW(0, .999) at a constant rate, clipped at 10
     seed: int = 0
 
-    def __post_init__(self):
-        check_config(self)                                           # near the command line
-
     @property
     def grid(self):                                                  # of tokens: rows, columns
         token = 2 * self.stride                                      # is so many pixels wide
@@ -152,6 +149,31 @@ class Config:
     def chunks_in(self, frames, name="frames"):
         """Chunks that make this many video frames; BadInput names the nearest counts that fit."""
         return units_in(name, frames, self.chunk * self.time_stride, self.time_stride - 1)
+
+    def __post_init__(self):
+        """BadInput, with the mend, for a config that cannot work: so nothing is loaded, let alone
+        trained, before the numbers are known to fit each other."""
+        shares = "alpha drop_caption weight_ema".split()             # in [0, 1]
+        others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
+        for name, value in asdict(self).items():
+            check(value > 0 or not value and name in shares + others,
+                  f"{name}={value} must be above 0; 0 only where that means none")    # others
+            check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
+        check(self.momentum < 1, "momentum must be less than 1")
+        units = {
+            "dim": 2 * self.heads,                                   # RoPE turns pairs in a head
+            "height": 2 * self.stride,                               # a token: 2 x 2 latent pixels
+            "width": 2 * self.stride,
+            "clip": self.chunk,
+            "causal_clip": self.chunk,
+            "sample_steps": self.denoise_steps,
+            "freq_dim": 2}                                           # a cosine and a sine
+        for name, unit in units.items():
+            units_in(name, getattr(self, name), unit)
+        check(self.head_dim >= 6, f"heads={self.heads} must split dim={self.dim} into parts of 6 "
+              "or more: 3-D RoPE turns three pairs of channels at least")
+        check(self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink="
+              f"{self.sink} and chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}")
 
 
 # -------------------------------------------------------------------------------- Noise levels
@@ -1624,32 +1646,6 @@ class Options:
     out: Path = Path("out")         # folder of all that is written
     data: Path = Path(__file__).parent / "tiny_data/world.npz"
     from_scratch: bool              # with --toy: train a small teacher too
-
-
-def check_config(cfg):
-    """BadInput, with the mend, for a config that cannot work. Called by every Config that is made,
-    so nothing is loaded, let alone trained, before the numbers are known to fit each other."""
-    shares = "alpha drop_caption weight_ema".split()                 # in [0, 1]
-    others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
-    for name, value in asdict(cfg).items():
-        check(value > 0 or not value and name in shares + others,
-              f"{name}={value} must be above 0; 0 only where that means none")    # as in others
-        check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
-    check(cfg.momentum < 1, "momentum must be less than 1")
-    units = {
-        "dim": 2 * cfg.heads,                                        # RoPE turns pairs in a head
-        "height": 2 * cfg.stride,                                    # a token: 2 x 2 latent pixels
-        "width": 2 * cfg.stride,
-        "clip": cfg.chunk,
-        "causal_clip": cfg.chunk,
-        "sample_steps": cfg.denoise_steps,
-        "freq_dim": 2}                                               # a cosine and a sine
-    for name, unit in units.items():
-        units_in(name, getattr(cfg, name), unit)
-    check(cfg.head_dim >= 6, f"heads={cfg.heads} must split dim={cfg.dim} into parts of 6 or more: "
-          "3-D RoPE turns three pairs of channels at least")
-    check(cfg.window >= cfg.sink + cfg.chunk, f"window={cfg.window} cannot hold sink="
-          f"{cfg.sink} and chunk={cfg.chunk}: try --window {cfg.sink + 2 * cfg.chunk}")
 
 
 def units_in(name, value, unit, missing=0):
