@@ -1737,10 +1737,9 @@ def open_student(args):
 def open_clip(path, cfg):
     """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
     uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
-    frames = []
-    for frame in ImageSequence.Iterator(Image.open(path)):
-        upright = ImageOps.exif_transpose(frame)                     # as a phone held it
-        frames.append(ImageOps.fit(upright.convert("RGB"), (cfg.width, cfg.height)))
+    upright = ImageOps.exif_transpose                                # as a phone held it
+    frames = [ImageOps.fit(frame.convert("RGB"), (cfg.width, cfg.height))
+              for frame in ImageSequence.all_frames(Image.open(path), upright)]
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames), f"frames in {path}")
