@@ -431,8 +431,8 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
     steps     denoising steps of every chunk, the first so many of cfg's; None: all
     cache     what was made before; None: nothing. The last of so many chunks is not added to it
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
-    steer     steer(index) is asked before every chunk but the first for new text (B, T, text_dim)
-              that holds from this chunk on; None: no change
+    steer     steer(index) is asked before every chunk but the first for new text, embedded by the
+              student, that holds from this chunk on; None: no change
     reread    at such a change: the chunk before is remembered under the new text, not under its own
     """
     shape = len(text), cfg.chunk, *cfg.latent
@@ -449,9 +449,9 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
         if index + 1 < chunks:
-            own_kv, new_text = text_kv, steer and steer(index + 1)
-            if new_text is not None:
-                text_kv = student.embed_text(new_text)
+            own_kv = text_kv
+            if steer:
+                text_kv = steer(index + 1) or text_kv
             remember(student, x0, text_kv if reread else own_kv, cache)
 
 
@@ -1775,7 +1775,7 @@ def stream(args):
         if prompt is not None:
             bar.desc = prompt
             try:
-                return world.text([prompt])
+                return student.embed_text(world.text([prompt]))
             except BadInput as error:
                 bar.desc = str(error)
 

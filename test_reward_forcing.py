@@ -205,7 +205,7 @@ def test_full_preset_is_wan_1_3b_and_a_pass_in_a_full_window_is_24_teraflop():
 # ------------------------------------------------- Cache and rollout against a slow twin
 def slow_rollout(model, text, cfg, noise, start, script, reread):
     """Keeps all clean frames and works out the window anew: the EMA by hand, in float64."""
-    past = []                                                        # each (2, layers, B, N, dim)
+    text_kv, past = model.embed_text(text), []                       # each (2, layers, B, N, dim)
     for chunk in range(7):
         sink, others = past[:cfg.sink], past[cfg.sink:]
         gone = max(0, len(past) + cfg.chunk - cfg.window)
@@ -218,16 +218,16 @@ def slow_rollout(model, text, cfg, noise, start, script, reread):
             keys, values = cat(cache.frames, 3)
             rope = rope_table(cfg, 0, len(cache.frames), keys.device)
             cache.context = list(zip(rotate(keys, rope), values))
-        x, text_kv = noise[chunk, 0], model.embed_text(text)
+        x = noise[chunk, 0]
         for step, sigma in enumerate(cfg.sigmas):
             xt = (1 - sigma) * x + sigma * noise[chunk, step]
             x = xt - sigma * model(xt, sigma.expand(len(x), 1), text_kv, cache)
         if chunk < len(start):
             x = start[chunk]
         yield x
-        text = script.get(chunk + 1, text)
-        told = model.embed_text(text) if reread else text_kv
-        model(x, zeros(len(x), 1), told, cache)
+        told = script.get(chunk + 1, text_kv)
+        model(x, zeros(len(x), 1), told if reread else text_kv, cache)
+        text_kv = told
         past += stack([stack(kv) for kv in cache.newest], 1).chunk(cfg.chunk, 3)
 
 
@@ -246,7 +246,8 @@ def test_steered_stream_equals_a_plainly_written_one_with_a_hand_written_ema(cha
                                                                             reread):
     cfg = replace(SMALL, **given(change))
     model, text, noise = random_model(cfg), random_text(cfg, 2), noises(cfg, 2)
-    start, script = [*noise[7, :started]], {1: text + 1, 4: -text}
+    start = [*noise[7, :started]]
+    script = {1: model.embed_text(text + 1), 4: model.embed_text(-text)}
     cache, draw = EMASinkCache(cfg), drawing(noise[started:])
     fast = rollout(model, text, cfg, draw, 7, cfg.denoise_steps, cache, start, script.get, reread)
     slow = slow_rollout(model, text, cfg, noise, start, script, reread)
