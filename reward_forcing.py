@@ -1861,8 +1861,8 @@ def main(argv=None):
         args.command(args)
         return 0
     except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped; --toy goes on from what is saved; a stream's file plays"
-        print(f"reward_forcing: {reason}", file=sys.stderr)
+        stopped = "stopped; --toy goes on from what is saved; a stream's file plays"
+        print(f"reward_forcing: {str(error) or stopped}", file=sys.stderr)
         return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
 
 
