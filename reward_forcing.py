@@ -435,7 +435,6 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
               student, that holds from this chunk on; None: no change
     reread    at such a change: the chunk before is remembered under the new text, not under its own
     """
-    shape = len(text), cfg.chunk, *cfg.latent
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
     for index in range(chunks):
@@ -445,7 +444,7 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
             x0 = 0.0                                                 # sigma begins at 1: all noise
             for sigma in cfg.sigmas[:steps]:
                 sigma = sigma.expand(len(text), 1)
-                xt = add_noise(x0, draw(*shape), sigma)
+                xt = add_noise(x0, draw(len(text), cfg.chunk, *cfg.latent), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
         if index + 1 < chunks:
