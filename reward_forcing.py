@@ -1138,17 +1138,17 @@ def write_webp(file, pictures):
     """Add frames to an animated WebP, which is open for writing: nothing is held. Its length is put
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
     box = b"".join((side - 1).to_bytes(3, "little") for side in pictures[0].size)
-    shown = b"\0\0\0\0\0\0" + box + b"\x3c\0\0\2"                # at 0, 0, 60 ms, opaque
     file.seek(file.seek(0, 2) or 44)                                 # to its end, behind the head
     for picture in pictures:
         still = io.BytesIO()
         picture.save(still, "WebP", method=0)                        # 0: fast
-        frame = shown + still.getvalue()[12:]                        # without a RIFF of its own
+        # at 0, 0; 60 ms, opaque; without a RIFF of its own
+        frame = b"\0\0\0\0\0\0" + box + b"\x3c\0\0\2" + still.getvalue()[12:]
         file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
     size = file.tell() - 8
     file.seek(0)
-    file.write(b"RIFF" + size.to_bytes(4, "little") + b"WEBP"        # the head: sizes and contents
-               b"VP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0\0\0\0\0\0\0")
+    file.write(b"RIFF" + size.to_bytes(4, "little")                  # the head: sizes and contents
+               + b"WEBPVP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0\0\0\0\0\0\0")
 
 
 def show(pictures, state):
