@@ -1652,7 +1652,7 @@ def units_in(name, value, unit, missing=0):
     """How many units make value, which is `missing` short of them; BadInput unless they do."""
     count, rest = divmod(value + missing, unit)
     below = max(1, count) * unit - missing
-    check(value > 0 and rest == 0,
+    check(rest == 0 < count,
           f"{name}={value} does not fit, it goes in steps of {unit}: try {below} or {below + unit}")
     return count
 
