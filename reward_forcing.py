@@ -155,10 +155,11 @@ class Config:
         """BadInput, with the mend, for a config that cannot work: so nothing is loaded, let alone
         trained, before the numbers are known to fit each other."""
         shares = "alpha drop_caption weight_ema".split()             # in [0, 1]
+        # where 0 means none
         others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
         for name, value in asdict(self).items():
             check(value > 0 or not value and name in shares + others,
-                  f"{name}={value} must be above 0; 0 only where that means none")    # others
+                  f"{name}={value} must be above 0; 0 only where that means none")
             check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
         check(self.momentum < 1, "momentum must be less than 1")
         units = {
