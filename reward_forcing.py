@@ -539,7 +539,7 @@ class RewardWeight(nn.Module):
 # ----------------------------------------------------------------------------- Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
 # made; its draw_... functions are where clips and noise come from. run.stage counts the steps
-# that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
+# that a stage has left, after a kill from what was saved last, and saves; run.log logs.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
@@ -558,7 +558,7 @@ def train_teacher(run):
         loss = flow_matching_loss(teacher, x0, text, sigma, noise, norm=motion_square)
         loss.backward()
         grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
-        run.end_step(step, loss=loss.item(), grad_norm=grad_norm)
+        run.log(step, loss=loss.item(), grad_norm=grad_norm)
 
 
 @torch.no_grad()
@@ -640,7 +640,7 @@ def train_causal(run):
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square,
                        through_context=True)
         grad_norm = update(student, optimizers, step / cfg.causal_steps)
-        run.end_step(step, loss=loss, grad_norm=grad_norm)
+        run.log(step, loss=loss, grad_norm=grad_norm)
 
 
 def draw_samples(run, student, count):
@@ -691,7 +691,7 @@ def train_student(run):
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     shuffle = int(cfg.shuffle)               # by so many samples the rewards are shifted
-    # the first three are saved also under the names that public code reads: see end_step
+    # the first three are saved also under the names that public code reads: see Run.stage
     parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
 
     for step in run.stage("student", cfg.distill_steps, *parts):
@@ -730,11 +730,11 @@ def train_student(run):
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - keep)
-        run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
-                     reward=reward.mean().item(), gap=gap,
-                     weight_min=weight.min().item(), weight_max=weight.max().item(),
-                     effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
-                     sink_updates=updates)
+        run.log(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
+                reward=reward.mean().item(), gap=gap,
+                weight_min=weight.min().item(), weight_max=weight.max().item(),
+                effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
+                sink_updates=updates)
 
 
 # =============================================================================================
@@ -1046,46 +1046,47 @@ class Run:
         return torch.randn(self.cfg.batch, *shape)[self.own]
 
     def stage(self, name, steps, *parts):
-        """Count the steps that are left of a stage of training, with a bar. After a kill it goes on
-        from what was saved last; BadInput if that was trained with other numbers or data.
+        """Yield the steps that are left of a stage of training, with a bar, and save some twenty
+        times. After a kill it goes on from what was saved last; BadInput if that was trained with
+        other numbers or data.
 
         parts are all that the stage changes: first the model that is its result, then others, then
         optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
         ends with the same numbers, bit for bit on a CPU.
         """
-        self.name, self.steps, self.parts = name, steps, parts
+        self.name, state = name, self.state
         config = asdict(self.cfg) | {"data": self.world.checksum}
-        saved = self.saved = self.state.setdefault(
-            name, {"config": config, "step": 0, "parts": []})        # step: how many are done
-        # of a shipped stage the config has only what it was settled by
+        saved = state.setdefault(name, {"config": config, "step": 0, "parts": []})
+        # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
         check(not differ, f"the {name} in {self.out}, or shipped, was trained with {differ}: match "
               "it, choose another --out, or add --from-scratch")
-        for part, state in zip(parts, saved["parts"]):
-            part.load_state_dict(tree_map_only(torch.Tensor, self.cut, state))
+        for part, old in zip(parts, saved["parts"]):
+            part.load_state_dict(tree_map_only(torch.Tensor, self.cut, old))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
-        return self.bar
+        for step in self.bar:
+            yield step                                               # it is trained, and logged
+            if step + 1 == steps or step % math.ceil(steps / 20) == 0:
+                saved["step"] = step + 1
+                saved["parts"] = [tree_map_only(torch.Tensor, self.join, part.state_dict())
+                                  for part in parts]
+                if name == "student":                                # the names public code reads
+                    state |= zip(("generator_ema", "generator", "critic"), saved["parts"])
+                if self.rank == 0:
+                    temporary = self.out / "checkpoint.tmp"
+                    torch.save(state, temporary)
+                    temporary.replace(self.out / "checkpoint.pt")    # as in write_json
+                    (self.out / "log.jsonl").write_text(
+                        "\n".join(map(json.dumps, state["log"])))
 
-    def end_step(self, step, **numbers):
-        """Log the numbers; save some twenty times a stage. FloatingPointError if one is not finite.
+    def log(self, step, **numbers):
+        """Log the numbers of a step. FloatingPointError, before it is saved, if one is not finite.
         """
         if not math.isfinite(sum(numbers.values())):
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
-        state = self.state
         self.bar.set_postfix(numbers, refresh=False)
-        state["log"].append({"stage": self.name, "step": step, **numbers})
-        if step + 1 == self.steps or step % math.ceil(self.steps / 20) == 0:
-            parts = [tree_map_only(torch.Tensor, self.join, part.state_dict())
-                     for part in self.parts]
-            self.saved |= {"step": step + 1, "parts": parts}
-            if self.name == "student":                               # the names public code reads
-                state |= zip(("generator_ema", "generator", "critic"), parts)
-            if self.rank == 0:
-                temporary = self.out / "checkpoint.tmp"
-                torch.save(state, temporary)
-                temporary.replace(self.out / "checkpoint.pt")        # as in write_json
-                (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
+        self.state["log"].append({"stage": self.name, "step": step, **numbers})
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
@@ -1600,14 +1601,14 @@ def train(args):
                 p = p.full_tensor()
             return None if self.rank else p.cpu()
 
-        def end_step(self, step, **numbers):
+        def log(self, step, **numbers):
             """Log means over the processes, and since the run began or went on: tokens rolled out
             per second, the most GB of a GPU in use, and the model's FLOPs as a part of what a
             GPU's peak allows."""
             means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
             seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
             tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
-            super().end_step(
+            super().log(
                 step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
                 utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
