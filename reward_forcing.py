@@ -724,16 +724,15 @@ def train_student(run):
             factor = 1.0 if cfg.tilt else weight[run.own]
             loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor * share,
                             mean_square if cfg.plain_norm else motion_square)
-            gap += (x0_real - x0_fake).abs().mean().item() * share
+            gap += (x0_real - x0_fake).abs().mean() * share
         grad_norm = update(student, student_optimizers, progress)
         keep = cfg.weight_ema if step >= cfg.ema_start else 0
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - keep)
         run.log(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
-                reward=reward.mean().item(), gap=gap,
-                weight_min=weight.min().item(), weight_max=weight.max().item(),
-                effective_samples=(weight.sum() ** 2 / weight.square().sum()).item(),
+                reward=reward.mean(), gap=gap, weight_min=weight.min(), weight_max=weight.max(),
+                effective_samples=weight.sum() ** 2 / weight.square().sum(),
                 sink_updates=updates)
 
 
@@ -1080,9 +1079,11 @@ class Run:
                         "\n".join(map(json.dumps, state["log"])))
 
     def log(self, step, **numbers):
-        """Log the numbers of a step. FloatingPointError, before it is saved, if one is not finite.
-        """
-        if not math.isfinite(sum(numbers.values())):
+        """Log the numbers of a step, means over the processes. FloatingPointError, before it is
+        saved, if one is not finite."""
+        means = self.whole(torch.tensor([[*numbers.values()]])).mean(0)
+        numbers = dict(zip(numbers, means.tolist()))
+        if not means.isfinite().all():
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
         self.bar.set_postfix(numbers, refresh=False)
@@ -1602,14 +1603,12 @@ def train(args):
             return None if self.rank else p.cpu()
 
         def log(self, step, **numbers):
-            """Log means over the processes, and since the run began or went on: tokens rolled out
-            per second, the most GB of a GPU in use, and the model's FLOPs as a part of what a
-            GPU's peak allows."""
-            means = self.whole(torch.tensor([list(numbers.values())])).mean(0).tolist()
+            """Log also, since the run began or went on: tokens rolled out per second, the most GB
+            of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
             seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
             tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
             super().log(
-                step, **dict(zip(numbers, means)), tokens_per_second=tokens / seconds,
+                step, **numbers, tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
                 utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
     train_student(FullRun(cfg, args.out, world))
