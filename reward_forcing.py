@@ -627,13 +627,12 @@ def train_causal(run):
     for step in run.stage("causal", cfg.causal_steps, student, *optimizers):
         set_seed(cfg.seed, "start", step)    # not "causal": shipped.pt was trained by this word
         clean, text = run.draw_clips(cfg.clip if cfg.ode else cfg.causal_clip, mirror=True)
-        frames = torch.arange(clean.shape[1])                                # (F,)
-        level = torch.randint(cfg.denoise_steps, (len(clean), len(frames) // cfg.chunk))
+        level = torch.randint(cfg.denoise_steps, (len(clean), clean.shape[1] // cfg.chunk))
         level = level.repeat_interleave(cfg.chunk, 1)                        # (B, F)
         sigma, noise = cfg.sigmas[level], torch.randn_like(clean)
         if cfg.ode:
             path = teacher_trajectory(teacher, noise, text, cfg)
-            noisy = path[level, torch.arange(len(level))[:, None], frames]
+            noisy = path.take_along_dim(level[None, ..., None, None, None], 0)[0]
             clean = path[-1]
         else:
             noisy = add_noise(clean, noise, sigma)
