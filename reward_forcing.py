@@ -647,9 +647,10 @@ def draw_samples(run, student, count):
     noisy frames they were predicted from; that step's sigma (n, F); how many frames were folded.
 
     In the paper the step is random. Here they take turns by count: each is trained as often."""
-    cfg, world, cache = run.cfg, run.world, EMASinkCache(run.cfg)
-    picked = torch.randint(len(world.prompts), (cfg.batch,))[run.own]
-    text = world.text([world.prompts[i] for i in picked])
+    cfg, prompts = run.cfg, run.world.prompts
+    picked = torch.randint(len(prompts), (cfg.batch,))[run.own]
+    text = run.world.text([prompts[i] for i in picked])
+    cache = EMASinkCache(cfg)
     steps = count % cfg.denoise_steps + 1
     chunks = rollout(student, text, cfg, run.draw_noise, cfg.clip // cfg.chunk, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
@@ -690,10 +691,9 @@ def train_student(run):
     # the guided teacher, so training ends at student = guided teacher * exp(reward / beta).
     weigh = RewardWeight(-cfg.beta if cfg.tilt else cfg.beta)
     shuffle = int(cfg.shuffle)               # by so many samples the rewards are shifted
-    # the first three are saved also under the names that public code reads: see Run.stage
-    parts = average, student, critic, weigh, *student_optimizers, *critic_optimizers
-
-    for step in run.stage("student", cfg.distill_steps, *parts):
+    # the first three are saved also under the names that public code reads
+    for step in run.stage("student", cfg.distill_steps, average, student, critic, weigh,
+                          *student_optimizers, *critic_optimizers):
         progress = step / cfg.distill_steps
         for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
@@ -701,7 +701,7 @@ def train_student(run):
                 count = step * cfg.critic_ratio + critic_step
                 x, text, *_ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x).roll(shuffle)) if cfg.tilt else 1.0
-                sigma, noise = run.draw_sigma(), run.draw_noise(*x.shape)
+                sigma, noise = run.draw_level(x)
                 loss = flow_matching_loss(critic, x, text, sigma, noise, weight) * share
                 loss.backward()
                 critic_loss += loss.item()
@@ -713,8 +713,8 @@ def train_student(run):
         loss = gap = 0.0
         for share, (x, text, noisy, exit_sigma, updates) in zip(
                 run.each_turn("judges", step), samples):
-            sigma = run.draw_sigma()
-            xt = add_noise(x, run.draw_noise(*x.shape), sigma)
+            sigma, noise = run.draw_level(x)
+            xt = add_noise(x, noise, sigma)
             negative = run.world.text([run.negative] * len(text))
             with torch.no_grad():
                 x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
@@ -725,7 +725,7 @@ def train_student(run):
                             mean_square if cfg.plain_norm else motion_square)
             gap += (x0_real - x0_fake).abs().mean() * share
         grad_norm = update(student, student_optimizers, progress)
-        keep = cfg.weight_ema if step >= cfg.ema_start else 0
+        keep = cfg.weight_ema * (step >= cfg.ema_start)              # before: 0
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - keep)
@@ -974,7 +974,8 @@ def load_shipped(cfg):
     stages = torch.load(Path(__file__).parent / "tiny_data/shipped.pt")
     for saved in stages.values():
         [pairs] = saved["parts"]
-        saved["parts"] = [{name: whole * scale for name, (whole, scale) in pairs.items()}]
+        for name, (whole, scale) in pairs.items():
+            pairs[name] = whole * scale
     if cfg.ode:
         del stages["causal"]
     return stages
@@ -1033,15 +1034,16 @@ class Run:
         text[torch.rand(batch) < cfg.drop_caption] = 0
         return world.encode(cuts), text
 
-    def draw_sigma(self):
-        """(n, 1) random noise levels. At 1 a noised sample would say nothing of the sample, near 0
-        there is nothing left to judge."""
-        u = torch.rand(self.cfg.batch, 1)[self.own]
-        return shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
-
     def draw_noise(self, n, *shape):
         """Noise (n, *shape) for the n samples, out of that for the whole batch."""
         return torch.randn(self.cfg.batch, *shape)[self.own]
+
+    def draw_level(self, x):
+        """Random noise levels (n, 1), and noise, for x (n, F, C, h, w). At level 1 a noised sample
+        would say nothing of the sample, near 0 there is nothing left to judge."""
+        u = torch.rand(self.cfg.batch, 1)[self.own]
+        sigma = shift_sigma(u, self.cfg.sigma_shift).clamp(0.02, 0.98)
+        return sigma, self.draw_noise(*x.shape)
 
     def stage(self, name, steps, *parts):
         """Yield the steps that are left of a stage of training, with a bar, and save some twenty
