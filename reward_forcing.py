@@ -554,8 +554,8 @@ def train_teacher(run):
         u = torch.rand(cfg.batch, cfg.clip)
         u[::2] = u[::2, :1]
         sigma = shift_sigma(u, cfg.sigma_shift)
-        noise = torch.randn_like(x0)
-        loss = flow_matching_loss(teacher, x0, text, sigma, noise, norm=motion_square)
+        loss = flow_matching_loss(teacher, x0, text, sigma, torch.randn_like(x0),
+                                  norm=motion_square)
         loss.backward()
         grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
         run.log(step, loss=loss.item(), grad_norm=grad_norm)
