@@ -1272,8 +1272,8 @@ def using(what, mend):
 
 
 # ----------------------------------------------------------------------------------- Full size
-def load_model(cfg, path):
-    """A VideoTransformer with the weights in path, which are mapped and not copied.
+def load_weights(model, path):
+    """Give a model, built on the meta device, the weights in path, mapped and not copied.
 
     path: the released or a trained .pt (a bare dict of names, or one with generator_ema or
     generator), a .safetensors file, or Wan2.1's folder of them. "model." and FSDP's wrapper in
@@ -1286,10 +1286,7 @@ def load_model(cfg, path):
         state = state.get("generator_ema", state.get("generator", state))
         state = {name.replace("_fsdp_wrapped_module.", "").removeprefix("model."): p
                  for name, p in state.items()}
-        with torch.device("meta"):
-            model = VideoTransformer(cfg)
         model.load_state_dict(state, assign=True)
-    return model
 
 
 class WanWorld:
@@ -1580,7 +1577,9 @@ def train(args):
             size, kept = cfg, torch.float32
             if stage == "teacher":           # which is not trained
                 size, kept = guide, args.dtype
-            model = load_model(size, files[stage])
+            with torch.device("meta"):
+                model = VideoTransformer(size)
+            load_weights(model, files[stage])
             policy = fsdp.MixedPrecisionPolicy(args.dtype, torch.float32, cast_forward_inputs=False)
             for block in model.blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -1729,8 +1728,12 @@ def open_student(args):
         world = ToyWorld(cfg, args.data)
         check(world.checksum == checksum,
               f"{args.out} was trained in another world: give its --data")
-    student = load_model(cfg, args.weights) if args.weights else VideoTransformer(cfg)
-    return student.to(torch.get_default_device(), args.dtype), world, cfg
+    device = torch.get_default_device()
+    with torch.device("meta" if args.weights else device):
+        student = VideoTransformer(cfg)
+    if args.weights:
+        load_weights(student, args.weights)
+    return student.to(device, args.dtype), world, cfg
 
 
 def open_clip(path, cfg):
