@@ -139,9 +139,8 @@ class Config:
 
     @property
     def sigmas(self):
-        """Noise levels of the denoising steps, from 1 down, and the 0 where they end; at shift 5:
-        1, .9375, .8333, .625, 0."""
-        return self.schedule(self.denoise_steps)
+        """Noise levels of the denoising steps, from 1 down; at shift 5: 1, .9375, .8333, .625."""
+        return self.schedule(self.denoise_steps)[:-1]
 
     def schedule(self, steps):
         """steps + 1 noise levels from 1 to 0."""
@@ -423,14 +422,14 @@ class EMASinkCache:
 
 # ------------------------------------------------------------------------------------- Rollout
 @torch.no_grad()
-def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=-1,
+def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None,
             cache=None, start=(), steer=None, reread=False):
     """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
     were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
     draw      draw(B, L, C, h, w) gives noise of that shape, for every step of every chunk anew
     chunks    how many; by default forever
-    steps     denoising steps of every chunk, the first so many of cfg's; -1: all
+    steps     denoising steps of every chunk, the first so many of cfg's; None: all
     cache     what was made before; None: nothing. The last of so many chunks is not added to it
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
     steer     steer(index) is asked before every chunk but the first for new text, embedded by the
