@@ -1522,7 +1522,7 @@ def step_flops(cfg, teacher):
 def dry_run(args, counts=(1, 8, 64)):
     """with --full: print what --train takes on 1, 8 and 64 H100: seconds and GB, by shapes"""
     # --train too calls this, for its own count and for the two configs
-    cfg = replace(FULL, **args.given)
+    cfg = replace(PRESETS["full"], **args.given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
     units_in("micro", args.micro, 1)
     teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
@@ -1658,19 +1658,21 @@ def units_in(name, value, unit, missing=0):
     return count
 
 
-# The presets, beside the toy's, which is Config().
-SCRATCH = Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800)
-FULL = Config(                               # Wan2.1-T2V-1.3B and the settings of the paper
-    dim=1536, ffn_dim=8960, heads=12, layers=30,
-    freq_dim=256, rope_base=10000.0,
-    text_dim=4096, text_len=512,             # UMT5-XXL
-    height=480, width=832,
-    stride=8, time_stride=4,                 # of Wan2.1's VAE
-    sigma_shift=5.0,
-    clip=21, batch=64, guidance=3.0,
-    distill_steps=120, critic_ratio=5,       # the public trainer counts critic updates, 600, and
-    weight_ema=0.99, ema_start=40,           # starts the average at 200
-    plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7)
+PRESETS = {
+    "toy": Config(),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800),
+    "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
+        dim=1536, ffn_dim=8960, heads=12, layers=30,
+        freq_dim=256, rope_base=10000.0,
+        text_dim=4096, text_len=512,         # UMT5-XXL
+        height=480, width=832,
+        stride=8, time_stride=4,             # of Wan2.1's VAE
+        sigma_shift=5.0,
+        clip=21, batch=64, guidance=3.0,
+        distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
+        weight_ema=0.99, ema_start=40,       # starts the average at 200
+        plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
+}
 TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
 
 
@@ -1712,7 +1714,7 @@ def open_student(args):
     """(student, world, cfg) to stream with: the toy's by the checkpoint in --out, or those of the
     full size; for --bench random where no file is given."""
     if args.full:
-        cfg = replace(FULL, **args.given)
+        cfg = replace(PRESETS["full"], **args.given)
         cfg.chunks_in(args.frames)                                   # refused before loading
         world = WanWorld(args.wan, args.dtype)
     else:
@@ -1833,7 +1835,7 @@ def bench(args):
 
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
-    cfg = replace(SCRATCH if args.from_scratch else Config(), **args.given)
+    cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
     cfg.chunks_in(args.frames)                                       # refused before it starts
     check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")

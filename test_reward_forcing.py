@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import reward_forcing as rf
-from reward_forcing import (FULL, SCRATCH, BadInput, EMASinkCache, RewardWeight, VideoTransformer,
+from reward_forcing import (BadInput, EMASinkCache, PRESETS, RewardWeight, VideoTransformer,
                             WanWorld, add_noise, draw_samples, flow_matching_loss, measure,
                             motion_reward, recover_x0, regress, regression_loss, rollout,
                             rope_table, rotate)
@@ -42,7 +42,9 @@ from reward_forcing import (FULL, SCRATCH, BadInput, EMASinkCache, RewardWeight,
 parametrize = mark.parametrize
 HERE = Path(__file__).parent
 WORLD = HERE / "tiny_data/world.npz"
-SMALL = replace(SCRATCH, dim=24, ffn_dim=32, heads=2, layers=2, height=16, width=24, text_dim=16)
+TOY = PRESETS["scratch"]
+FULL = PRESETS["full"]
+SMALL = replace(TOY, dim=24, ffn_dim=32, heads=2, layers=2, height=16, width=24, text_dim=16)
 TINY = ("--from-scratch --dim 24 --ffn-dim 24 --heads 2 --layers 1 --batch 4 --sample-steps 4 "
         "--critic-ratio 1 --teacher-steps 32 --causal-steps 22 --distill-steps 22 --frames 24")
 
@@ -369,7 +371,7 @@ def golden():
     a = {name: torch.from_numpy(array) for name, array in RECORDED.items()}
     names = dict(pair.split("=") for pair in SIZES_OF_GOLDEN.split())
     sizes = {ours: int(a["cfg." + theirs]) for ours, theirs in names.items()}
-    cfg = replace(SCRATCH, **sizes, alpha=a["cfg.alpha"].item(), stride=1, sigma_shift=5.0,
+    cfg = replace(TOY, **sizes, alpha=a["cfg.alpha"].item(), stride=1, sigma_shift=5.0,
                   rope_base=10000.0)
     model = VideoTransformer(cfg)
     model.load_state_dict({name[3:]: p for name, p in a.items() if name.startswith("sd.")})
@@ -533,7 +535,7 @@ def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sam
 # ------------------------------------------- The stages: who is asked what, in a step of each
 def make_run(line):
     """A tiny Run in which teacher and ODE student are random."""
-    cfg = replace(SCRATCH, **given(f"{TINY} {line}"))
+    cfg = replace(TOY, **given(f"{TINY} {line}"))
     run = rf.Run(cfg, Path(), rf.ToyWorld(cfg, WORLD))
     for stage in "teacher", "causal":
         weights = random_model(cfg, float32).state_dict()
@@ -564,10 +566,10 @@ def test_teacher_learns_from_clips_their_text_and_levels_of_half_the_frames(spy)
 
 
 def test_guided_trajectory_of_a_known_teacher_is_the_known_line():
-    teacher, noise = predicting(torch.mean), randn(2, 3, *SCRATCH.latent)  # data is 1, or 0 untold
-    path = rf.teacher_trajectory(teacher, noise, ones(2, 1, 1), SCRATCH)
+    teacher, noise = predicting(torch.mean), randn(2, 3, *TOY.latent)    # data is 1, or 0 untold
+    path = rf.teacher_trajectory(teacher, noise, ones(2, 1, 1), TOY)
     for level, sigma in enumerate([1, 0.9, 0.75, 0.5, 0]):           # at shift 3
-        line = (1 - sigma) * (1 + SCRATCH.guidance) + sigma * noise
+        line = (1 - sigma) * (1 + TOY.guidance) + sigma * noise
         assert error(path[level], line) < 1e-5
 
 
@@ -675,7 +677,7 @@ def test_world_is_what_its_script_draws(drawn):
 
 
 def test_tracker_finds_true_speeds_and_shapes_and_the_vae_leaves_them():
-    world, truth = rf.ToyWorld(SCRATCH, WORLD), np.load(WORLD)["speed"]
+    world, truth = rf.ToyWorld(TOY, WORLD), np.load(WORLD)["speed"]
     clips = world.clips[:36]                                         # of each caption three
     *_, centre = rf.track(clips)
     speed = centre.diff(dim=1).norm(dim=2).mean(1)
