@@ -399,10 +399,9 @@ class EMASinkCache:
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
         cfg, frames = self.cfg, self.frames
-        chunk = torch.stack([torch.stack(kv) for kv in self.newest], 1)
-        chunk = chunk.unflatten(3, (cfg.chunk, -1))                  # (2, layers, B, L, N, dim)
+        clean = torch.stack([torch.stack(kv) for kv in self.newest], 1)      # of L frames
         # contiguous, as lerp makes them: the layout's graph depends on that
-        frames += [frame.float().contiguous() for frame in chunk.unbind(3)]
+        frames += [frame.float().contiguous() for frame in clean.chunk(cfg.chunk, 3)]
         while len(frames) > cfg.window - cfg.chunk:
             leaving = frames.pop(cfg.sink)
             if cfg.sink:                                             # without a sink it is lost
@@ -410,8 +409,8 @@ class EMASinkCache:
                 frames[slot] = frames[slot].lerp(leaving, 1 - cfg.alpha)
                 self.updates += 1
         if frames:
-            rope = rope_table(cfg, 0, len(frames), chunk.device)
-            self.context = list(zip(*self.lay_out(frames, rope, chunk)))
+            rope = rope_table(cfg, 0, len(frames), clean.device)
+            self.context = list(zip(*self.lay_out(frames, rope, clean)))
 
     @staticmethod
     def lay_out(frames, rope, like):
@@ -538,7 +537,7 @@ class RewardWeight(nn.Module):
 # ----------------------------------------------------------------------------- Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
 # made; its draw_... functions are where clips and noise come from. run.stage counts the steps
-# that a stage has left, after a kill from what was saved last, and saves; run.log logs.
+# that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
@@ -557,7 +556,7 @@ def train_teacher(run):
                                   norm=motion_square)
         loss.backward()
         grad_norm = update(teacher, optimizers, step / cfg.teacher_steps)
-        run.log(step, loss=loss.item(), grad_norm=grad_norm)
+        run.end_step(step, loss=loss.item(), grad_norm=grad_norm)
 
 
 @torch.no_grad()
@@ -638,7 +637,7 @@ def train_causal(run):
         loss = regress(student, text, cfg, noisy, sigma, clean, target=clean, norm=motion_square,
                        through_context=True)
         grad_norm = update(student, optimizers, step / cfg.causal_steps)
-        run.log(step, loss=loss, grad_norm=grad_norm)
+        run.end_step(step, loss=loss, grad_norm=grad_norm)
 
 
 def draw_samples(run, student, count):
@@ -728,7 +727,7 @@ def train_student(run):
         with torch.no_grad():
             for mean, new in zip(average.parameters(), student.parameters()):
                 mean.lerp_(new, 1 - keep)
-        run.log(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
+        run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
                 reward=reward.mean(), gap=gap, weight_min=weight.min(), weight_max=weight.max(),
                 effective_samples=weight.sum() ** 2 / weight.square().sum(),
                 sink_updates=updates)
@@ -1045,17 +1044,16 @@ class Run:
         return sigma, self.draw_noise(*x.shape)
 
     def stage(self, name, steps, *parts):
-        """Yield the steps that are left of a stage of training, with a bar, and save some twenty
-        times. After a kill it goes on from what was saved last; BadInput if that was trained with
-        other numbers or data.
+        """Count the steps that are left of a stage of training, with a bar. After a kill it goes on
+        from what was saved last; BadInput if that was trained with other numbers or data.
 
         parts are all that the stage changes: first the model that is its result, then others, then
         optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
         ends with the same numbers, bit for bit on a CPU.
         """
-        self.name, state = name, self.state
+        self.name, self.parts = name, parts
         config = asdict(self.cfg) | {"data": self.world.checksum}
-        saved = state.setdefault(name, {"config": config, "step": 0, "parts": []})
+        saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
         check(not differ, f"the {name} in {self.out}, or shipped, was trained with {differ}: match "
@@ -1063,31 +1061,30 @@ class Run:
         for part, old in zip(parts, saved["parts"]):
             part.load_state_dict(tree_map_only(torch.Tensor, self.cut, old))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
-        for step in self.bar:
-            yield step                                               # it is trained, and logged
-            if step + 1 == steps or step % math.ceil(steps / 20) == 0:
-                saved["step"] = step + 1
-                saved["parts"] = [tree_map_only(torch.Tensor, self.join, part.state_dict())
-                                  for part in parts]
-                if name == "student":                                # the names public code reads
-                    state |= zip(("generator_ema", "generator", "critic"), saved["parts"])
-                if self.rank == 0:
-                    temporary = self.out / "checkpoint.tmp"
-                    torch.save(state, temporary)
-                    temporary.replace(self.out / "checkpoint.pt")    # as in write_json
-                    (self.out / "log.jsonl").write_text(
-                        "\n".join(map(json.dumps, state["log"])))
+        return self.bar
 
-    def log(self, step, **numbers):
-        """Log the numbers of a step, means over the processes. FloatingPointError, before it is
-        saved, if one is not finite."""
+    def end_step(self, step, **numbers):
+        """Log the numbers, means over the processes; save some twenty times a stage.
+        FloatingPointError, before it is saved, if one is not finite."""
         means = self.whole(torch.tensor([[*numbers.values()]])).mean(0)
         numbers = dict(zip(numbers, means.tolist()))
         if not means.isfinite().all():
             raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
                                      "smaller learning rate or a larger beta in another --out")
-        self.bar.set_postfix(numbers, refresh=False)
-        self.state["log"].append({"stage": self.name, "step": step, **numbers})
+        bar, state = self.bar, self.state
+        bar.set_postfix(numbers, refresh=False)
+        state["log"].append({"stage": self.name, "step": step, **numbers})
+        if step + 1 == bar.total or step % math.ceil(bar.total / 20) == 0:
+            parts = [tree_map_only(torch.Tensor, self.join, part.state_dict())
+                     for part in self.parts]
+            state[self.name] |= {"step": step + 1, "parts": parts}
+            if self.name == "student":                               # the names public code reads
+                state |= zip(("generator_ema", "generator", "critic"), parts)
+            if self.rank == 0:
+                temporary = self.out / "checkpoint.tmp"
+                torch.save(state, temporary)
+                temporary.replace(self.out / "checkpoint.pt")        # as in write_json
+                (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
 # ------------------------------------------------------------------------- Streaming and pictures
@@ -1602,12 +1599,12 @@ def train(args):
                 p = p.full_tensor()
             return None if self.rank else p.cpu()
 
-        def log(self, step, **numbers):
+        def end_step(self, step, **numbers):
             """Log also, since the run began or went on: tokens rolled out per second, the most GB
             of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
             seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
             tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
-            super().log(
+            super().end_step(
                 step, **numbers, tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
                 utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)

@@ -1165,18 +1165,17 @@ def save_start(folder):
 
 def share():
     """One of two processes: three steps, then the last again from what a kill before it leaves."""
-    log = rf.Run.log
+    end = rf.Run.end_step
 
     def copied(run, step, **numbers):
-        if step == 2 and run.rank == 0:                              # the one before is saved
+        end(run, step, **numbers)
+        if step == 1 and run.rank == 0:
             for copy in "killed", "one":
                 shutil.copytree("whole", copy)
-        log(run, step, **numbers)
     replace_large_parts(setattr)
     torch.distributed.destroy_process_group = lambda: None           # torchrun makes one only
-    rf.Run.log = copied
+    rf.Run.end_step = copied
     train("whole", "--micro 2")
-    rf.Run.log = log
     train("killed", "--micro 2")
 
 
@@ -1259,14 +1258,14 @@ def test_toy_writes_every_file_and_its_losses_fall(trained):
 
 def resume():
     """A run that is killed in every stage, and taken up again."""
-    kills, log = [("student", 16), ("causal", 14), ("teacher", 22)], rf.Run.log
+    kills, end = [("student", 16), ("causal", 14), ("teacher", 22)], rf.Run.end_step
 
     def killed(run, step, **numbers):                                # every other step is saved,
         if kills and kills[-1] == (run.name, step):                  # so an ended one is lost
             kills.pop()
             raise KeyboardInterrupt
-        log(run, step, **numbers)
-    rf.Run.log = killed
+        end(run, step, **numbers)
+    rf.Run.end_step = killed
     assert {main(f"--toy {TINY}") for _ in "abc"} == {130}
     assert main("--stream --prompt red") == 2                        # its student is half trained
     assert main(f"--toy {TINY}") == 0
