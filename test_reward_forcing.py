@@ -1317,7 +1317,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
         signal.signal(signal.SIGINT, signal.SIG_DFL)     # a shell's background ignores Ctrl-C
         flags = f"--live --frames 900 {line}".split()
         os.execv(sys.executable, ["python", HERE / "reward_forcing.py", *flags])
-    screen, script = "", [("red: ", b"pink\n"), ("'pink' must be", b"blue square\n"),
+    screen, script = "", [("red: ", b"pink\n"), ("'pink' cannot be", b"blue square\n"),
                           ("blue square: ", b"\3")]
     with raises(OSError):                                            # the child is gone
         while True:
