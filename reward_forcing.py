@@ -1202,16 +1202,16 @@ def report(run, frames):
 
 # ----------------------------------------------------------------------------------- Ablation
 SEEDS = 100, 101, 102                        # they tuned nothing
-ARMS = {                                     # what each arm changes in the toy's config
-    "Re-DMD": {},
-    "DMD": {"beta": math.inf},
-    "rewards shuffled": {"shuffle": True},
-    "tilted critic": {"tilt": True},
-    "tilted, shuffled": {"tilt": True, "shuffle": True},
-    "plain norm": {"plain_norm": True},
-    "static sink": {"alpha": 1.0},
-    "no sink": {"sink": 0},
-    "no distillation": {"distill_steps": 1, "student_lr": 1e-12},             # a step of nothing
+ARMS = {                                     # an arm: the flags by which --toy alone would train it
+    "Re-DMD": "",
+    "DMD": "--beta inf",
+    "rewards shuffled": "--shuffle",
+    "tilted critic": "--tilt",
+    "tilted, shuffled": "--tilt --shuffle",
+    "plain norm": "--plain-norm",
+    "static sink": "--alpha 1",
+    "no sink": "--sink 0",
+    "no distillation": "--distill-steps 1 --student-lr 1e-12",       # a step of nothing
 }
 
 
@@ -1231,7 +1231,8 @@ def ablate(run, frames):
     run.out.mkdir(exist_ok=True)
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
-        run.cfg = replace(base, seed=seed, **ARMS[arm])
+        told = parse(f"--toy --seed {seed} {ARMS[arm]}".split())
+        run.cfg = replace(base, **told.given)
         key = f"{arm}, {frames} frames, {run.cfg}"
         if key not in done:
             print(arm, seed)
