@@ -1065,12 +1065,11 @@ class Run:
 
     def end_step(self, step, **numbers):
         """Log the numbers, means over the processes; save some twenty times a stage.
-        FloatingPointError, before it is saved, if one is not finite."""
+        BadInput, before it is saved, if one is not finite."""
         means = self.whole(torch.tensor([[*numbers.values()]])).mean(0)
         numbers = dict(zip(numbers, means.tolist()))
-        if not means.isfinite().all():
-            raise FloatingPointError(f"{self.name} step {step} is not finite, {numbers}: try a "
-                                     "smaller learning rate or a larger beta in another --out")
+        check(means.isfinite().all(), f"{self.name} step {step} is not finite, {numbers}: try a "
+              "smaller learning rate or a larger beta in another --out")
         bar, state = self.bar, self.state
         bar.set_postfix(numbers, refresh=False)
         state["log"].append({"stage": self.name, "step": step, **numbers})
@@ -1847,7 +1846,7 @@ def toy(args):
 
 
 def main(argv=None):
-    """Exit code 0; 1 if training failed; 2 for bad input, in one sentence; 130 if interrupted."""
+    """Exit code 0; 2 for what cannot work, said in one sentence; 130 if interrupted."""
     try:
         args = parse(argv)
         args.frames = args.frames or (477 if args.full else 240)
@@ -1861,10 +1860,12 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0
-    except (BadInput, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        stopped = "stopped; --toy goes on from what is saved; a stream's file plays"
-        print(f"reward_forcing: {str(error) or stopped}", file=sys.stderr)
-        return {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    except (BadInput, OSError) as error:
+        print(f"reward_forcing: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --toy goes on from what is saved; a stream's file plays", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

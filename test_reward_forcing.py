@@ -771,7 +771,7 @@ def test_optimizer_of_the_paper_is_adamw_at_a_constant_rate():
 def test_nan_stops_the_run_names_the_step_and_is_not_saved(monkeypatch, capsys):
     norms = iter([1.0, 1.0, nan])                                    # the third step would save
     monkeypatch.setattr(rf, "update", lambda *_: next(norms))
-    assert main(f"--toy {TINY}") == 1
+    assert main(f"--toy {TINY}") == 2
     assert "teacher step 2 is not finite" in capsys.readouterr().err
     assert torch.load("out/checkpoint.pt")["teacher"]["step"] == 1
 
