@@ -1269,7 +1269,7 @@ def using(what, mend):
 
 # ----------------------------------------------------------------------------------- Full size
 def load_weights(model, path):
-    """Give a model, built on the meta device, the weights in path, mapped and not copied.
+    """Give a model the weights in path in place of its own, mapped and not copied.
 
     path: the released or a trained .pt (a bare dict of names, or one with generator_ema or
     generator), a .safetensors file, or Wan2.1's folder of them. "model." and FSDP's wrapper in
@@ -1726,12 +1726,10 @@ def open_student(args):
         world = ToyWorld(cfg, args.data)
         check(world.checksum == checksum,
               f"{args.out} was trained in another world: give its --data")
-    device = torch.get_default_device()
-    with torch.device("meta" if args.weights else device):
-        student = VideoTransformer(cfg)
+    student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(device, args.dtype), world, cfg
+    return student.to(torch.get_default_device(), args.dtype), world, cfg
 
 
 def open_clip(path, cfg):
