@@ -1522,7 +1522,9 @@ def dry_run(args, counts=(1, 8, 64)):
     cfg = replace(PRESETS["full"], **args.given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
     units_in("micro", args.micro, 1)
-    teacher = replace(cfg, **TEACHER_14B) if args.large_teacher else cfg
+    teacher = cfg
+    if args.large_teacher:
+        teacher = replace(cfg, dim=5120, ffn_dim=13824, heads=40, layers=40)  # Wan2.1-T2V-14B
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
                           for c in (cfg, teacher))
@@ -1543,9 +1545,9 @@ def dry_run(args, counts=(1, 8, 64)):
 
 def train(args):
     """with --full, by torchrun: Re-DMD of the 1.3B model, from --weights"""
-    check("WORLD_SIZE" in os.environ, "--train is started by torchrun, on one GPU too")
+    processes = int(os.environ.get("WORLD_SIZE", 0))
+    check(processes, "--train is started by torchrun, on one GPU too")
     from torch.distributed import fsdp, init_device_mesh, tensor     # late: it takes half a second
-    processes = int(os.environ["WORLD_SIZE"])
     cfg, guide = dry_run(args, [processes])
     units_in("batch", cfg.batch, processes * args.micro)
     mesh = init_device_mesh(torch.get_default_device().type, (processes,))
@@ -1558,7 +1560,7 @@ def train(args):
     told = [*world.prompts, args.negative]
     world.learn(told)                                                # before a model is loaded
     world.checksum = zlib.crc32(repr(told).encode())
-    files = {"teacher": args.teacher, "critic": args.critic, "causal": args.weights}
+    args.causal = args.weights               # so each stage starts from the option of its name
 
     class FullRun(Run):
         """A Run on all processes that torchrun started, each with a part of every parameter,
@@ -1575,7 +1577,7 @@ def train(args):
                 size, kept = guide, args.dtype
             with torch.device("meta"):
                 model = VideoTransformer(size)
-            load_weights(model, files[stage])
+            load_weights(model, getattr(args, stage))
             policy = fsdp.MixedPrecisionPolicy(args.dtype, torch.float32, cast_forward_inputs=False)
             for block in model.blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -1670,8 +1672,6 @@ PRESETS = {
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
-TEACHER_14B = {"dim": 5120, "ffn_dim": 13824, "heads": 40, "layers": 40}
-
 
 USES = {                         # a command: the Options that it needs | and may have
     "toy": "| ablate frames data from_scratch out",
