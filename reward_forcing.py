@@ -50,7 +50,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +71,20 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Config:
     """The numbers of the method. Every field is a flag: text_dim is --text-dim; ode, which is
-    true or false, is --ode and --no-ode."""
+    true or false, is --ode and --no-ode. What others are multiples of stands before them."""
     # the transformer
+    heads: int = 6                  # H
     dim: int = 96                   # width
     ffn_dim: int = 256              # width inside the feed-forward layers
-    heads: int = 6                  # H
     layers: int = 12                # transformer blocks
     freq_dim: int = 64              # sinusoids that encode the noise level
     rope_base: float = 10.0         # RoPE wavelengths: 2 pi to nearly 2 pi rope_base positions
     text_dim: int = 32              # features per text token; in the toy: most words it can know
     text_len: int = 4               # text tokens, padding included
     channels: int = 16              # C
+    stride: int = 4                 # pixels per latent pixel, in height and in width
     height: int = 32                # video size in pixels
     width: int = 32
-    stride: int = 4                 # pixels per latent pixel, in height and in width
     time_stride: int = 1            # video frames per latent frame (the very first counts one)
     # the stream
     chunk: int = 3                  # L
@@ -156,11 +156,6 @@ class Config:
         shares = "alpha drop_caption weight_ema".split()             # in [0, 1]
         # where 0 means none
         others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
-        for name, value in asdict(self).items():
-            check(value > 0 or not value and name in shares + others,
-                  f"{name}={value} must be above 0; 0 only where that means none")
-            check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
-        check(self.momentum < 1, "momentum must be less than 1")
         units = {
             "dim": 2 * self.heads,                                   # RoPE turns pairs in a head
             "height": 2 * self.stride,                               # a token: 2 x 2 latent pixels
@@ -169,8 +164,13 @@ class Config:
             "causal_clip": self.chunk,
             "sample_steps": self.denoise_steps,
             "freq_dim": 2}                                           # a cosine and a sine
-        for name, unit in units.items():
-            units_in(name, getattr(self, name), unit)
+        for name, value in vars(self).items():
+            check(value > 0 or not value and name in shares + others,
+                  f"{name}={value} must be above 0; 0 only where that means none")
+            check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
+            if name in units:                                        # its unit was checked before
+                units_in(name, value, units[name])
+        check(self.momentum < 1, "momentum must be less than 1")
         check(self.head_dim >= 6, f"heads={self.heads} must split dim={self.dim} into parts of 6 "
               "or more: 3-D RoPE turns three pairs of channels at least")
         check(self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink="
@@ -1052,7 +1052,7 @@ class Run:
         ends with the same numbers, bit for bit on a CPU.
         """
         self.name, self.parts = name, parts
-        config = asdict(self.cfg) | {"data": self.world.checksum}
+        config = vars(self.cfg) | {"data": self.world.checksum}
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
