@@ -1715,7 +1715,7 @@ def open_student(args):
         cfg.chunks_in(args.frames)                                   # refused before loading
         world = WanWorld(args.wan, args.dtype)
     else:
-        check(set(args.given) <= {"alpha", "sink", "window", "seed"},
+        check(not args.given.keys() - "alpha sink window seed".split(),
               "of the config only --alpha, --sink, --window and --seed may differ from training")
         args.weights = args.out / "checkpoint.pt"
         saved = load_checkpoint(args.weights).get("student")
