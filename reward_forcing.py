@@ -87,6 +87,7 @@ class Config:
     width: int = 32
     time_stride: int = 1            # video frames per latent frame (the very first counts one)
     # the stream
+    frames: int = 240               # video frames, at full size 477; of the toy's longest streams
     chunk: int = 3                  # L
     sink: int = 3                   # S, 0 for none; 3 = L: the first chunk, which was made at once
     window: int = 9                 # W
@@ -170,6 +171,7 @@ class Config:
             check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
             if name in units:                                        # its unit was checked before
                 units_in(name, value, units[name])
+        self.chunks_in(self.frames)
         check(self.momentum < 1, "momentum must be less than 1")
         check(self.head_dim >= 6, f"heads={self.heads} must split dim={self.dim} into parts of 6 "
               "or more: 3-D RoPE turns three pairs of channels at least")
@@ -1052,7 +1054,8 @@ class Run:
         ends with the same numbers, bit for bit on a CPU.
         """
         self.name, self.parts = name, parts
-        config = vars(self.cfg) | {"data": self.world.checksum}
+        # --frames may differ from run to run
+        config = vars(self.cfg) | {"data": self.world.checksum, "frames": Config.frames}
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
@@ -1173,7 +1176,7 @@ def stream_all(run, stage, frames, repeats=1):
     return torch.cat(video, 1).to(text.device), captions
 
 
-def report(run, frames):
+def report(run):
     """Measure and draw data, teacher and students, and a long stream of every caption."""
     cfg, world = run.cfg, run.world
     captions = world.prompts * 4
@@ -1188,7 +1191,7 @@ def report(run, frames):
     }
     examples = torch.cat([video[:4, :cfg.clip] for video, _ in shown.values()])    # a row for each
     save_pictures(run.out / "report.png", examples)
-    video, captions = stream_all(run, "student", frames)
+    video, captions = stream_all(run, "student", cfg.frames)
     save_pictures(run.out / "stream.gif", video)
     shown["stream, first 60"] = video[:, :60], captions
     shown["stream, last 60"] = video, captions, 60
@@ -1214,7 +1217,7 @@ ARMS = {                                     # an arm: the flags by which --toy 
 }
 
 
-def ablate(run, frames):
+def ablate(run):
     """Train every arm once per seed, all from one causal student, which saw the EMA-sink, and
     stream it.
 
@@ -1232,12 +1235,12 @@ def ablate(run, frames):
     for seed, arm in itertools.product(SEEDS, ARMS):
         told = parse(f"--toy --seed {seed} {ARMS[arm]}".split())
         run.cfg = replace(base, **told.given)
-        key = f"{arm}, {frames} frames, {run.cfg}"
+        key = f"{arm}, {run.cfg}"
         if key not in done:
             print(arm, seed)
             run.state.pop("student")
             train_student(run)
-            done[key] = measure(base.chunk, *stream_all(run, "student", frames, 2))
+            done[key] = measure(base.chunk, *stream_all(run, "student", base.frames, 2))
             write_json(path, done)
         rows.append(list(done[key].values()))
 
@@ -1631,7 +1634,6 @@ class Options:
     live: bool                      # also show it in the terminal; a line entered is a new prompt
     vae: str                        # with --full: folder of TAEHV, in place of Wan's VAE
     start: Path                     # a picture, or a GIF or WebP, that the stream goes on from
-    frames: int                     # video frames; if none 240 in the toy, 477 at full size
     weights: Path                   # with --full: .pt, .safetensors, or a folder of them; with
                                     # --train where the student starts
     wan: Path                       # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
@@ -1667,17 +1669,17 @@ PRESETS = {
         height=480, width=832,
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
-        clip=21, batch=64, guidance=3.0,
+        frames=477, clip=21, batch=64, guidance=3.0,
         distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
         weight_ema=0.99, ema_start=40,       # starts the average at 200
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
 
 USES = {                         # a command: the Options that it needs | and may have
-    "toy": "| ablate frames data from_scratch out",
-    "stream": "prompt | compile fp8 then reread live start frames data out",
-    "full stream": "weights wan prompt | compile fp8 then reread live start frames vae out",
-    "full bench": "| weights wan vae frames out",
+    "toy": "| ablate data from_scratch out",
+    "stream": "prompt | compile fp8 then reread live start data out",
+    "full stream": "weights wan prompt | compile fp8 then reread live start vae out",
+    "full bench": "| weights wan vae out",
     "full train": "weights critic teacher wan prompts reward | large_teacher negative micro out",
     "full dry_run": "| large_teacher micro out",
 }
@@ -1712,11 +1714,10 @@ def open_student(args):
     full size; for --bench random where no file is given."""
     if args.full:
         cfg = replace(PRESETS["full"], **args.given)
-        cfg.chunks_in(args.frames)                                   # refused before loading
         world = WanWorld(args.wan, args.dtype)
     else:
-        check(not args.given.keys() - "alpha sink window seed".split(),
-              "of the config only --alpha, --sink, --window and --seed may differ from training")
+        check(not args.given.keys() - "frames alpha sink window seed".split(),
+              "only --frames, --alpha, --sink, --window and --seed may differ from the training's")
         args.weights = args.out / "checkpoint.pt"
         saved = load_checkpoint(args.weights).get("student")
         check(saved and saved["step"] == saved["config"]["distill_steps"],
@@ -1750,12 +1751,12 @@ def stream(args):
     student, world, cfg = open_student(args)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
-        check(frame.isdecimal() and int(frame) < args.frames,
-              f"--then {frame}: give a frame before the end, {args.frames}, and a prompt")
+        check(frame.isdecimal() and int(frame) < cfg.frames,
+              f"--then {frame}: give a frame before the end, {cfg.frames}, and a prompt")
         script[cfg.chunks_in(int(frame), "--then")] = prompt
     text = world.text([args.prompt, *script.values()])[:1]           # all: refused, learned now
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
-    check(len(start) < cfg.chunks_in(args.frames), "--start is all of it: raise --frames")
+    check(len(start) < cfg.chunks_in(cfg.frames), "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
     if args.compile:
@@ -1784,12 +1785,12 @@ def stream(args):
         if args.live:
             show(pictures,
                  f"{bar}, {len(cache.frames)} frames in the window, {cache.updates} folded")
-    bar = tqdm(desc=args.prompt, total=args.frames, unit=" frames")
+    bar = tqdm(desc=args.prompt, total=cfg.frames, unit=" frames")
     if args.live:
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(f"{args.out}/stream.webp", "wb", 0) as file, bar:      # 0: not held in a buffer
-        seconds = play(student, decode, text, args.frames, finish, cache=cache,
+        seconds = play(student, decode, text, cfg.frames, finish, cache=cache,
                        start=start, steer=steer, reread=args.reread)
     print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {speed(cfg, seconds):.1f} frames "
           "per second")
@@ -1806,7 +1807,7 @@ def bench(args):
     def climb(rung):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        cold, warm, alone = (play(student, each, text, args.frames, len)
+        cold, warm, alone = (play(student, each, text, cfg.frames, len)
                              for each in (decode, decode, None))
         fps = speed(cfg, warm)
         eager = table["eager"][0] if table else fps
@@ -1831,8 +1832,7 @@ def bench(args):
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
-    cfg.chunks_in(args.frames)                                       # refused before it starts
-    check(1 < cfg.chunk < min(cfg.clip, args.frames), "training needs --chunk 2 or more, since "
+    check(1 < cfg.chunk < min(cfg.clip, cfg.frames), "training needs --chunk 2 or more, since "
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg, args.data))
     if not args.from_scratch:
@@ -1840,14 +1840,13 @@ def toy(args):
     train_teacher(run)
     train_causal(run)
     train_student(run)
-    (ablate if args.ablate else report)(run, args.frames)
+    (ablate if args.ablate else report)(run)
 
 
 def main(argv=None):
     """Exit code 0; 2 for what cannot work, said in one sentence; 130 if interrupted."""
     try:
         args = parse(argv)
-        args.frames = args.frames or (477 if args.full else 240)
         if torch.cuda.is_available():
             torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
