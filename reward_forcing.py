@@ -1703,7 +1703,7 @@ def parse(argv):
     name = "full " * args.full + args.command.__name__
     check(name in USES, f"--{name} is none of the commands (a word is a flag): {', '.join(USES)}")
     needs, takes = USES[name].split("|")
-    wrong = (told.keys() ^ {*needs.split()}) - {"full", "command", *takes.split()}
+    wrong = (told.keys() ^ needs.split()).difference(f"full command {takes}".split())
     check(not wrong, f"add or leave out --{', --'.join(sorted(wrong))}: {name} needs {needs}and "
           f"may have{takes}, beside what class Config has")
     return args
