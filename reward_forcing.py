@@ -211,7 +211,7 @@ def waves_of(position, count, base):
 
 
 @functools.cache
-def rope_table(cfg, first, frames, device):
+def rope_table(cfg, first, frames):
     """Cosines and sines (T, 1, D/2) for the tokens of frame positions first, first + 1, ...
 
     The D/2 channel pairs are split into three bands: frame, row and column.
@@ -221,7 +221,7 @@ def rope_table(cfg, first, frames, device):
     frame = torch.arange(first, first + frames)
     grid = torch.cartesian_prod(frame, *map(torch.arange, cfg.grid))
     waves = [waves_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
-    return [torch.cat(wave, 1)[:, None].to(device, torch.float32) for wave in zip(*waves)]
+    return [torch.cat(wave, 1)[:, None].float() for wave in zip(*waves)]
 
 
 def rotate(x, rope):
@@ -352,7 +352,7 @@ class VideoTransformer(nn.Module):
         past = cache or EMASinkCache(self.cfg)
         emb = self.time_embedding(self.embed_sigma(sigma))           # (B, 1 or F, dim)
         emb6 = self.time_projection(emb).unflatten(2, (1, 6, -1))    # of a token's six modulations
-        rope = rope_table(self.cfg, len(past.frames), x.shape[1], x.device)
+        rope = rope_table(self.cfg, len(past.frames), x.shape[1])
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
         h = h.flatten(3).movedim(1, 3).contiguous()                          # (B, F, N, dim)
         for layer, block in enumerate(self.blocks):
@@ -411,7 +411,7 @@ class EMASinkCache:
                 frames[slot] = frames[slot].lerp(leaving, 1 - cfg.alpha)
                 self.updates += 1
         if frames:
-            rope = rope_table(cfg, 0, len(frames), clean.device)
+            rope = rope_table(cfg, 0, len(frames))
             self.context = list(zip(*self.lay_out(frames, rope, clean)))
 
     @staticmethod

@@ -218,7 +218,7 @@ def slow_rollout(model, text, cfg, noise, start, script, reread):
         cache.frames = sink + others[gone:]
         if cache.frames:
             keys, values = cat(cache.frames, 3)
-            rope = rope_table(cfg, 0, len(cache.frames), keys.device)
+            rope = rope_table(cfg, 0, len(cache.frames))
             cache.context = list(zip(rotate(keys, rope), values))
         x = noise[chunk, 0]
         for step, sigma in enumerate(cfg.sigmas):
@@ -403,7 +403,7 @@ def test_golden_schedule(golden):
 def test_golden_rope_of_128_channels(golden):
     cfg = replace(FULL, height=32, width=48)                         # 2 rows of 3 tokens
     for first in 0, 6:
-        rope = rope_table(cfg, first, 3, "cpu")
+        rope = rope_table(cfg, first, 3)
         x = golden[0]["rope128.x"]                                   # (B, T, H, D)
         turned = rotate(x.flatten(2), rope).view_as(x)
         assert error(turned, golden[0][f"rope128.start{first}"]) < 2e-5
