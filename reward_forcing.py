@@ -1447,11 +1447,10 @@ def videoalign(folder, dtype):
     from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2VLImageProcessor
     base = folder / "Qwen2-VL-2B-Instruct"
     config = json.loads((folder / "model_config.json").read_text())
-    data, lora = config["data_config"], config["peft_lora_config"]
-    norm = config["inference_config"]
+    told = config["data_config"] | config["peft_lora_config"] | config["inference_config"]
     # patches of 1 image, paired below: asked for 2, it would show each image twice
     processor = Qwen2VLImageProcessor(
-        temporal_patch_size=1, min_pixels=100_352, max_pixels=data["max_frame_pixels"])
+        temporal_patch_size=1, min_pixels=100_352, max_pixels=told["max_frame_pixels"])
     before, motion, _ = (folder / "template.txt").read_text().partition("<|MQ_reward|>")
     check("<|VQ_reward|>" in before and motion,
           "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
@@ -1460,14 +1459,14 @@ def videoalign(folder, dtype):
     model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
     model.eval().requires_grad_(False).resize_token_embeddings(len(tokenizer))
     path, = folder.glob("checkpoint-*/model.pth")
-    state = torch.load(path, map_location=model.device)
+    state = {                                # peft's names -> those of newer transformers
+        name.replace("base_layer.", "").replace("base_model.model.model", "language_model")
+            .removeprefix("base_model.model."): p
+        for name, p in torch.load(path, map_location=model.device).items()}
     for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
         change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
-        change *= lora["lora_alpha"] / lora["lora_r"]
-        state[name.replace("lora_A.default", "base_layer")] += change
-    for name in list(state):                 # peft's names -> those of newer transformers
-        new = name.replace("base_layer.", "").replace("base_model.model.model", "language_model")
-        state[new.removeprefix("base_model.model.")] = state.pop(name)
+        change *= told["lora_alpha"] / told["lora_r"]
+        state[name.replace("lora_A.default.", "")] += change
     head = state.pop("rm_head.weight").float()
     del state["lm_head.weight"]
     model.load_state_dict(state)                                     # strict: names every misfit
@@ -1476,7 +1475,7 @@ def videoalign(folder, dtype):
         """frames (B, F, 3, height, width) uint8 at 16 fps -> (B,) float32, one score per clip, in
         standard deviations from VideoAlign's mean: negative scores are usual."""
         most = frames.shape[1]
-        pairs = round(max(4, most / 16 * data["fps"]) / 2)           # of images that it sees
+        pairs = round(max(4, most / 16 * told["fps"]) / 2)           # of images that it sees
         chosen = torch.linspace(0, most - 1, 2 * pairs).round().long()
         images = frames[:, chosen].flatten(0, 1).cpu()
         cut = processor(images, return_tensors="pt").to(model.device)
@@ -1487,13 +1486,14 @@ def videoalign(folder, dtype):
                 f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * squares}<|vision_end|>"
                 f"{before}{motion}")
         ids = torch.tensor(tokenizer([chat] * len(frames)).input_ids)
-        # 1-D positions, as in VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
-        positions = torch.arange(ids.shape[1])[None]
-        states = model(              # it looks at each pair alone: here each is a video of its own
-            input_ids=ids, position_ids=positions, video_grid_thw=cut.image_grid_thw[::2],
-            pixel_values_videos=patches.reshape(-1, 1176)).last_hidden_state
+        # It looks at each pair alone: here each is a video of its own. 1-D positions, as in
+        # VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
+        states = model(
+            input_ids=ids, position_ids=torch.arange(ids.shape[1])[None],
+            pixel_values_videos=patches.reshape(-1, 1176),
+            video_grid_thw=cut.image_grid_thw[::2]).last_hidden_state
         score = states[:, -1].float() @ head[len(head) // 2]         # its only row, or MQ's
-        return (score - norm["MQ_mean"]) / norm["MQ_std"]
+        return (score - told["MQ_mean"]) / told["MQ_std"]
     return reward
 
 
