@@ -243,8 +243,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
-        self.norm_q = nn.RMSNorm(dim, eps=1e-6)                      # over all heads at once
-        self.norm_k = nn.RMSNorm(dim, eps=1e-6)
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in "qk")     # over all heads
         nn.init.normal_(self.q.bias)                                 # equal biases: at first,
         self.k.bias.data.copy_(self.q.bias)                          # attend to near tokens
 
