@@ -725,9 +725,8 @@ def train_student(run):
             gap += (x0_real - x0_fake).abs().mean() * share
         grad_norm = update(student, student_optimizers, progress)
         keep = cfg.weight_ema * (step >= cfg.ema_start)              # before: 0
-        with torch.no_grad():
-            for mean, new in zip(average.parameters(), student.parameters()):
-                mean.lerp_(new, 1 - keep)
+        for mean, new in zip(average.parameters(), student.parameters()):
+            mean.data.lerp_(new.data, 1 - keep)
         run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
                 reward=reward.mean(), gap=gap, weight_min=weight.min(), weight_max=weight.max(),
                 effective_samples=weight.sum() ** 2 / weight.square().sum(),
