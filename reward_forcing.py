@@ -948,7 +948,7 @@ def update(model, optimizers, progress):
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
         optimizer.step()
     model.zero_grad()
-    return norm.item()
+    return norm
 
 
 def write_json(path, numbers):
