@@ -991,10 +991,11 @@ class Run:
     cfg: Config
     out: Path
     world: ToyWorld
+    reward: object = motion_reward   # of frames, as world.decode gives them: (B,)
+    negative: str = ""               # what guidance leads away from
     own = slice(None)                # the n samples of this turn and process: all of the batch
     turns, rank = [own], 0           # own in each turn; the number of this process
     whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
-    reward, negative = staticmethod(motion_reward), ""
 
     def __post_init__(self):
         self.state = load_checkpoint(self.out / "checkpoint.pt")
@@ -1051,7 +1052,7 @@ class Run:
         optimizers. A step depends on nothing else but seed, stage and step, so a resumed run
         ends with the same numbers, bit for bit on a CPU.
         """
-        self.name, self.parts = name, parts
+        self.parts = parts
         # --frames may differ from run to run
         config = vars(self.cfg) | {"data": self.world.checksum, "frames": Config.frames}
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
@@ -1069,16 +1070,16 @@ class Run:
         BadInput, before it is saved, if one is not finite."""
         means = self.whole(torch.tensor([[*numbers.values()]])).mean(0)
         numbers = dict(zip(numbers, means.tolist()))
-        check(means.isfinite().all(), f"{self.name} step {step} is not finite, {numbers}: try a "
+        bar, state = self.bar, self.state                            # bar.desc: the stage's name
+        check(means.isfinite().all(), f"{bar.desc} step {step} is not finite, {numbers}: try a "
               "smaller learning rate or a larger beta in another --out")
-        bar, state = self.bar, self.state
         bar.set_postfix(numbers, refresh=False)
-        state["log"].append({"stage": self.name, "step": step, **numbers})
+        state["log"].append({"stage": bar.desc, "step": step, **numbers})
         if step + 1 == bar.total or step % math.ceil(bar.total / 20) == 0:
             parts = [tree_map_only(torch.Tensor, self.join, part.state_dict())
                      for part in self.parts]
-            state[self.name] |= {"step": step + 1, "parts": parts}
-            if self.name == "student":                               # the names public code reads
+            state[bar.desc] |= {"step": step + 1, "parts": parts}
+            if bar.desc == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.rank == 0:
                 temporary = self.out / "checkpoint.tmp"
@@ -1269,6 +1270,10 @@ def using(what, mend):
 
 
 # ----------------------------------------------------------------------------------- Full size
+# in which it runs, but for what is trained, which is kept in float32; the toy is all in float32
+PRECISION = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def load_weights(model, path):
     """Give a model the weights in path in place of its own, mapped and not copied.
 
@@ -1290,11 +1295,11 @@ class WanWorld:
     """What ToyWorld is to the toy: Wan2.1's text encoder and VAE from its Diffusers folder; without
     one, a VAE with random weights. What was told once is remembered."""
     @using("Wan2.1's VAE", "pip install diffusers, and give Wan2.1's Diffusers folder as --wan")
-    def __init__(self, folder, dtype):
+    def __init__(self, folder):
         from diffusers import AutoencoderKLWan as Wan
         # strict: for a folder that is not there, the library would ask the network
         vae = Wan.from_pretrained((folder / "vae").resolve(strict=True)) if folder else Wan()
-        self.vae = vae.to(torch.get_default_device(), dtype).requires_grad_(False)
+        self.vae = vae.to(torch.get_default_device(), PRECISION).requires_grad_(False)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
         self.folder, self.features = folder, {}
@@ -1308,7 +1313,7 @@ class WanWorld:
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         with torch.device("cpu"):            # onto a GPU the library loads with another package
             encoder = UMT5EncoderModel.from_pretrained(
-                self.folder / "text_encoder", dtype=self.vae.dtype)
+                self.folder / "text_encoder", dtype=PRECISION)
         encoder.encoder.embed_tokens = encoder.shared    # some releases of transformers forget to
         check(encoder.shared.weight.any(), f"the text encoder in {self.folder} has only zeros for "
               "its word embedding: download it again, or try another release of transformers")
@@ -1336,7 +1341,7 @@ class WanWorld:
         The VAE is causal and decodes one latent frame at a time. past carries its convolutions'
         memory from call to call, so decoding by chunks equals decoding the whole.
         """
-        z = (latents * self.std + self.mean).transpose(1, 2).to(self.vae.dtype)
+        z = (latents * self.std + self.mean).transpose(1, 2).to(PRECISION)
         decoder = self.vae.decoder if past else self.vae.decoder.forward     # this: not compiled
         memory = past.setdefault("memory", [None] * 99)              # one a convolution, and more
         pixels = [decoder(frame, feat_cache=memory, feat_idx=[0])
@@ -1345,22 +1350,22 @@ class WanWorld:
 
     def encode(self, frames):
         """The inverse at a stream's start: (B, 4 F - 3, 3, 8 h, 8 w) uint8 -> (B, F, 16, h, w)."""
-        pixels = (frames / 127.5 - 1).transpose(1, 2).to(self.vae.dtype)
+        pixels = (frames / 127.5 - 1).transpose(1, 2).to(PRECISION)
         z = self.vae.encode(pixels).latent_dist.mean.transpose(1, 2)
         return (z - self.mean) / self.std                            # float32, as mean and std are
 
 
 @using("--vae", "it needs a clone of github.com/madebyollin/taehv")
-def tiny_decoder(folder, dtype):
+def tiny_decoder(folder):
     """As WanWorld.decode, by TAEHV (O. Boer Bohan), near it at a small part of its cost, in its own
     code: folder is a clone of github.com/madebyollin/taehv with the weights taew2_1.pth."""
     sys.path.append(folder)
     from taehv import TAEHV, StreamingTAEHV
-    model = TAEHV(folder + "/taew2_1.pth").to(dtype).requires_grad_(False)
+    model = TAEHV(folder + "/taew2_1.pth").to(PRECISION).requires_grad_(False)
 
     def decode(latents, past):
         stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
-        frames = [stream.decode(latents.to(dtype)), *iter(stream.decode, None)]
+        frames = [stream.decode(latents.to(PRECISION)), *iter(stream.decode, None)]
         return to_bytes(2 * torch.cat(frames, 1) - 1)
     return decode
 
@@ -1374,11 +1379,11 @@ def compile_student(student):
         torch.compile(EMASinkCache.lay_out, fullgraph=True, dynamic=False))
 
 
-def fastest_attention(cfg, dtype):
+def fastest_attention(cfg):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
     a chunk in a full window. Prints and returns {name: seconds} of those that are there. Graphs are
     made anew, for the kernel is a part of them."""
-    k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=dtype)
+    k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=PRECISION)
     q = k[:, :, :cfg.chunk * cfg.tokens]
     timer = Timer("torch.nn.functional.scaled_dot_product_attention(q, k, k)", globals=locals())
     times = {}
@@ -1428,7 +1433,7 @@ def use_float8(student):
 # ------------------------------------------------------------------------ Training at full size
 @using("--reward", "it needs VideoAlign's model_config.json, one checkpoint-*/model.pth, its "
        "instruction as template.txt, and Qwen2-VL-2B-Instruct/")
-def videoalign(folder, dtype):
+def videoalign(folder):
     """The paper's reward, a function: VideoAlign's motion quality (MQ, arXiv 2501.13918).
     Qwen2-VL-2B reads the clip and a rating instruction, and a linear head scores its last state,
     at <|MQ_reward|>.
@@ -1454,7 +1459,7 @@ def videoalign(folder, dtype):
           "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
-    model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=dtype)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=PRECISION)
     model.eval().requires_grad_(False).resize_token_embeddings(len(tokenizer))
     path, = folder.glob("checkpoint-*/model.pth")
     state = {                                # peft's names -> those of newer transformers
@@ -1553,8 +1558,8 @@ def train(args):
     units_in("batch", cfg.batch, processes * args.micro)
     mesh = init_device_mesh(torch.get_default_device().type, (processes,))
     layout = mesh, [tensor.Shard(0)]
-    score = videoalign(Path(args.reward.removeprefix("videoalign:")), args.dtype)
-    world = WanWorld(args.wan, args.dtype)
+    reward = videoalign(Path(args.reward.removeprefix("videoalign:")))
+    world = WanWorld(args.wan)
     with using(args.prompts, "write a prompt a line, in UTF-8"):
         world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
         check(world.prompts, "it is empty")
@@ -1566,7 +1571,7 @@ def train(args):
     class FullRun(Run):
         """A Run on all processes that torchrun started, each with a part of every parameter,
         gradient and moment (FSDP2). Its models start from files."""
-        rank, negative, reward = mesh.get_rank(), args.negative, staticmethod(score)
+        rank = mesh.get_rank()
         turns = torch.arange(cfg.batch).split(args.micro)[rank::processes]
 
         def model(self, stage):
@@ -1575,11 +1580,11 @@ def train(args):
             on its arguments alone, and regress goes back before the context moves on."""
             size, kept = cfg, torch.float32
             if stage == "teacher":           # which is not trained
-                size, kept = guide, args.dtype
+                size, kept = guide, PRECISION
             with torch.device("meta"):
                 model = VideoTransformer(size)
             load_weights(model, getattr(args, stage))
-            policy = fsdp.MixedPrecisionPolicy(args.dtype, torch.float32, cast_forward_inputs=False)
+            policy = fsdp.MixedPrecisionPolicy(PRECISION, torch.float32, cast_forward_inputs=False)
             for block in model.blocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
             for module in [*model.blocks, model]:
@@ -1611,7 +1616,7 @@ def train(args):
                 step, **numbers, tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
                 utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
-    train_student(FullRun(cfg, args.out, world))
+    train_student(FullRun(cfg, args.out, world, reward, args.negative))
     torch.distributed.destroy_process_group()
 
 
@@ -1620,7 +1625,6 @@ class Options:
     """With which files, and how. Every field with a type is a flag, as in Config; what is neither
     told nor given a value here is None. What main hands to a command has two more: command, that
     function, and given, {Config field: value}."""
-    dtype = torch.float32           # bfloat16 at full size on a GPU
     ablate: bool                    # with --toy: both ideas against their controls
     full: bool = False              # the 1.3B model: with --stream, --bench, --train or --dry-run
     compile: bool                   # compile blocks, cache and VAE: slow to start, then faster
@@ -1712,7 +1716,7 @@ def open_student(args):
     full size; for --bench random where no file is given."""
     if args.full:
         cfg = replace(PRESETS["full"], **args.given)
-        world = WanWorld(args.wan, args.dtype)
+        world = WanWorld(args.wan)
     else:
         check(not args.given.keys() - "frames alpha sink window seed".split(),
               "only --frames, --alpha, --sink, --window and --seed may differ from the training's")
@@ -1728,7 +1732,8 @@ def open_student(args):
     student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
-    return student.to(torch.get_default_device(), args.dtype), world, cfg
+    student.to(torch.get_default_device(), PRECISION if args.full else None)
+    return student, world, cfg
 
 
 def open_clip(path, cfg):
@@ -1760,9 +1765,9 @@ def stream(args):
     if args.compile:
         compile_student(student)
         if args.full:
-            fastest_attention(cfg, args.dtype)
+            fastest_attention(cfg)
             world.compile()
-    decode = tiny_decoder(args.vae, args.dtype) if args.vae else world.decode
+    decode = tiny_decoder(args.vae) if args.vae else world.decode
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
@@ -1818,10 +1823,10 @@ def bench(args):
     climb("compiled")
     world.compile()
     climb("VAE compiled")
-    fastest_attention(cfg, args.dtype)
+    fastest_attention(cfg)
     climb("attention")
     if args.vae:
-        decode = tiny_decoder(args.vae, args.dtype)
+        decode = tiny_decoder(args.vae)
         climb("tiny VAE")
     use_float8(student)
     climb("fp8")
@@ -1848,10 +1853,8 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
             torch.set_default_device("cuda")                         # costs time with every call
-            if args.full:
-                args.dtype = torch.bfloat16
-        print(f"{torch.get_default_device()}, {args.dtype}, torch {torch.__version__}; changed "
-              f"from the preset: {args.given}")
+        print(f"{torch.get_default_device()}, torch {torch.__version__}; changed from the preset: "
+              f"{args.given}")
         os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0

@@ -880,7 +880,7 @@ def test_text_of_each_prompt_is_the_encoders(wan, monkeypatch):
     long, short = (encoder(tensor([ids])).last_hidden_state for ids in ([0, 1, 2], [0]))
     encoder.encoder.embed_tokens = torch.nn.Embedding(8, 16)         # untied
     monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", lambda *_, **__: encoder)
-    world = WanWorld(wan, float32)
+    world = WanWorld(wan)
     text = world.text(["a red panda", "a"])
     assert error(text[:1], long) < 1e-5 and error(text[1:, :1], short) < 1e-5
     assert not text[1, 1:].any()
@@ -909,7 +909,7 @@ def graphs(monkeypatch):
 
 def test_decoding_by_chunks_equals_decoding_the_whole_also_compiled_to_one_graph(wan, graphs,
                                                                                  monkeypatch):
-    vae, latents = WanWorld(wan, float32), randn(1, 9, 16, 4, 6)
+    vae, latents = WanWorld(wan), randn(1, 9, 16, 4, 6)
     monkeypatch.setattr(rf, "to_bytes", lambda pixels: pixels.clamp(-1, 1))
 
     def scaled(latents):
@@ -950,7 +950,7 @@ def test_attention_is_by_the_fastest_kernel(monkeypatch):
     seconds = iter([2.0, 1.0])
     timer = SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=next(seconds)))
     monkeypatch.setattr(rf, "Timer", lambda *_, **__: timer)
-    assert rf.fastest_attention(SMALL, float32) == {"flash": 2, "cudnn": 1}
+    assert rf.fastest_attention(SMALL) == {"flash": 2, "cudnn": 1}
     assert not torch.backends.cuda.flash_sdp_enabled()
 
 
@@ -980,7 +980,7 @@ def taehv():
 
 
 def test_tiny_vae_decodes_by_the_code_in_its_folder(taehv):
-    latents, decode = rand(1, 6, 16, 4, 6), rf.tiny_decoder(".", float32)
+    latents, decode = rand(1, 6, 16, 4, 6), rf.tiny_decoder(".")
     for past in {}, {}:                                              # two streams, each anew
         frames = cat([decode(chunk, past) for chunk in latents.split(3, 1)], 1)
         assert frames.shape[1] == 21
@@ -1032,7 +1032,7 @@ PEFT = "base_model.model."
 
 
 def videoalign():
-    return rf.videoalign(Path(), float32)
+    return rf.videoalign(Path())
 
 
 def save_videoalign(rows=1):
@@ -1153,7 +1153,7 @@ def replace_large_parts(patch):
     patch(rf.WanWorld, "__init__", lambda *_: None)
     patch(rf.WanWorld, "decode", lambda world, latents, past: latents)
     patch(rf.WanWorld, "learn", learn)
-    patch(rf, "videoalign", lambda folder, dtype: folder.is_dir() and reward)
+    patch(rf, "videoalign", lambda folder: folder.is_dir() and reward)
 
 
 def save_start(folder):
@@ -1261,7 +1261,7 @@ def resume():
     kills, end = [("student", 16), ("causal", 14), ("teacher", 22)], rf.Run.end_step
 
     def killed(run, step, **numbers):                                # every other step is saved,
-        if kills and kills[-1] == (run.name, step):                  # so an ended one is lost
+        if kills and kills[-1] == (run.bar.desc, step):                  # so an ended one is lost
             kills.pop()
             raise KeyboardInterrupt
         end(run, step, **numbers)
