@@ -1158,12 +1158,12 @@ def show(pictures, state):
     columns, lines = shutil.get_terminal_size()
     for picture in pictures:
         small = np.asarray(ImageOps.contain(picture, (columns, 2 * lines - 6)))
-        print("\x1b7\x1b[H", end="")                                # keep the cursor, go to the top
+        drawn = "\x1b7\x1b[H"                                       # keep the cursor, go to the top
         for pair in zip(small[::2], small[1::2]):
             for colours in np.hstack(pair):                                  # (width, 6)
-                print("\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours), end="")
-            print("\x1b[0m\x1b[K")
-        print(state, end="\x1b[K\x1b8", flush=True)
+                drawn += "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*colours)
+            drawn += "\x1b[0m\x1b[K\n"
+        print(f"{drawn}{state}\x1b[K\x1b8", end="")                  # at once, as it has lines
         time.sleep(0.06)
 
 
