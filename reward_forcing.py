@@ -825,11 +825,6 @@ def agreement(centre):
 def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     _, area, centre = track(frames)
-    return steady_motion(area, centre)
-
-
-def steady_motion(area, centre):
-    """motion_reward of what was tracked already: area (B, F), centre (B, F, 2)."""
     areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
     steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
     return (agreement(centre) * steady ** 2).mean(1)
@@ -887,7 +882,7 @@ def measure(chunk, video, captions, last=0):
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
-        "reward": steady_motion(area, centre),
+        "reward": motion_reward(frames),
         "lost": area == 0,
         "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
