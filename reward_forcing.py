@@ -841,8 +841,8 @@ def shape_overlaps(mask, area, centre):
         torch.maximum(dx.abs(), dy.abs()),
         torch.maximum(dy, 0.75 ** 0.5 * dx.abs() - dy / 2),
     ])                                                               # (3, B, F, height, width)
-    unit = torch.tensor([math.pi, 4, 27 ** 0.5])                     # their areas at size 1
-    size = (area / unit[:, None, None]).sqrt()[..., None, None]
+    areas = math.pi, 4, 27 ** 0.5                                    # at size 1
+    size = torch.stack([area / unit for unit in areas]).sqrt()[..., None, None]
     drawn = (size - reach + 0.5).clamp(0, 1)
     either = torch.maximum(drawn, mask).sum((3, 4))
     return torch.minimum(drawn, mask).sum((3, 4)) / either
@@ -871,7 +871,7 @@ def measure(chunk, video, captions, last=0):
     quality = (overlaps * named).sum(0)                                      # the captioned one's
     move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
-    at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
+    at_seam = torch.arange(frames.shape[1] - 1, 0, -1) % chunk == 0          # to the end
     segment = max(chunk, frames.shape[1] // 30)
     segments = avg_pool1d(quality.nan_to_num(), segment)
     # pixels of mean 0 and variance 1: the mean of their products is a correlation
@@ -1143,8 +1143,8 @@ def write_webp(file, pictures):
         file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
     size = file.tell() - 8
     file.seek(0)
-    file.write(b"RIFF" + size.to_bytes(4, "little")                  # the head: sizes and contents
-               + b"WEBPVP8X\x0a\0\0\0\2\0\0\0" + box + b"ANIM\6\0\0\0\0\0\0\0\0\0")
+    file.write(b"RIFF%bWEBPVP8X\x0a\0\0\0\2\0\0\0%bANIM\6\0\0\0\0\0\0\0\0\0" % (
+        size.to_bytes(4, "little"), box))                            # the head: sizes and contents
 
 
 def show(pictures, state):
@@ -1734,9 +1734,8 @@ def open_student(args):
 def open_clip(path, cfg):
     """The frames of a GIF or WebP, or a picture, repeated to make a chunk: (1, F, 3, height, width)
     uint8, cropped and scaled to the model's size. BadInput unless they make whole chunks."""
-    upright = ImageOps.exif_transpose                                # as a phone held it
-    frames = [ImageOps.fit(frame.convert("RGB"), (cfg.width, cfg.height))
-              for frame in ImageSequence.all_frames(Image.open(path), upright)]
+    upright = ImageSequence.all_frames(Image.open(path), ImageOps.exif_transpose)  # as it was held
+    frames = [ImageOps.fit(frame.convert("RGB"), (cfg.width, cfg.height)) for frame in upright]
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames), f"frames in {path}")
