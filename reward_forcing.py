@@ -1798,8 +1798,8 @@ def bench(args):
     student, world, cfg = open_student(args)
     text, table = torch.zeros(1, 1, cfg.text_dim), {}
     decode = world.decode
-    print("columns: frames per second decoded; its ratio to eager; frames per second not decoded; "
-          "seconds of the first chunk; of compiling; GB of the GPU")
+    print("columns: frames per second over eager's; decoded; not decoded; seconds of the first "
+          "chunk; of compiling; GB of the GPU")
 
     def climb(rung):
         if torch.cuda.is_available():
@@ -1807,10 +1807,10 @@ def bench(args):
         cold, warm, alone = (play(student, each, text, cfg.frames, len)
                              for each in (decode, decode, None))
         fps = speed(cfg, warm)
-        eager = table["eager"][0] if table else fps
         memory = torch.cuda.max_memory_allocated() / 1e9
-        table[rung] = fps, fps / eager, speed(cfg, alone), warm[0], sum(cold - warm), memory
-        print(f"{rung:14}", *[f"{number:9.2f}" for number in table[rung]])
+        table[rung] = fps, speed(cfg, alone), warm[0], sum(cold - warm), memory
+        print(f"{rung:14}{fps / table['eager'][0]:9.2f}",
+              *[f"{number:9.2f}" for number in table[rung]])
         write_json(args.out / "bench.json", table)
     climb("eager")
     compile_student(student)
