@@ -591,17 +591,15 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
-        loss = regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
-        if not through_context:
-            loss.backward()
-            loss = loss.detach()
-        total += loss
-        if now[-1] + 1 < clean.shape[1]:                             # the last is nobody's context
+        total += regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
+        last = now[-1] + 1 == clean.shape[1]
+        if last or not through_context:
+            total.backward()
+            total.detach_()                                          # a number from here on
+        if not last:                                                 # the last is nobody's context
             with torch.set_grad_enabled(through_context):
                 remember(student, clean[:, now], text_kv, cache)
-    if through_context:
-        total.backward()
-    return total.item()
+    return total
 
 
 def train_causal(run):
