@@ -1538,7 +1538,7 @@ def dry_run(args, counts=(1, 8, 64)):
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
         seconds = step_flops(cfg, teacher) / count / RATE
         print(f"{count} GPUs: {seconds:.0f} s a step, {sum(parts.values()) / 1e9:.1f} GB of each:",
-              {name: round(part / 1e9, 1) for name, part in parts.items()})
+              *[f"{name} {part / 1e9:.1f};" for name, part in parts.items()])
     return cfg, teacher
 
 

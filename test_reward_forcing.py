@@ -1230,7 +1230,7 @@ def test_dry_run_counts_memory_of_the_real_shapes(capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     for line, count in zip(lines, (1, 8, 64), strict=True):
         assert f"{count} GPUs" in line
-        assert f"'student and critic': {32 * 1_418_996_800 / count / 1e9:.1f}" in line
+        assert f"student and critic {32 * 1_418_996_800 / count / 1e9:.1f};" in line
 
 
 # ----------------------------------------------------------------------------- Command line
