@@ -1190,7 +1190,7 @@ def report(run):
     rows = {}
     for name, what in shown.items():
         rows[name] = measure(cfg.chunk, *what)
-        print(f"{name:16}", rows[name])
+        print(f"{name:16} {rows[name]}")
     write_json(run.out / "metrics.json", rows)
 
 
@@ -1229,7 +1229,7 @@ def ablate(run):
         run.cfg = replace(base, **told.given)
         key = f"{arm}, {run.cfg}"
         if key not in done:
-            print(arm, seed)
+            print(f"{arm}, seed {seed}")
             run.state.pop("student")
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", base.frames, 2))
@@ -1394,7 +1394,7 @@ def fastest_attention(cfg):
             times[name] = timer.blocked_autorange().median
     choose(min(times, key=times.get))
     torch.compiler.reset()
-    print("seconds of an attention:", times)
+    print(f"seconds of an attention: {times}")
     return times
 
 
