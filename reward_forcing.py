@@ -186,8 +186,9 @@ def shift_sigma(u, shift):
 
 
 def add_noise(x0, noise, sigma):
-    """xt, the mixture of x0 and noise (B, F, C, h, w) at sigma (B, 1) or, one a frame, (B, F)."""
-    sigma = sigma[..., None, None, None]                                     # (B, 1 or F, 1, 1, 1)
+    """xt, the mixture of x0 and noise (B, F, C, h, w) at sigma: one for all (), one a sample (B, 1)
+    or one a frame (B, F)."""
+    sigma = sigma[..., None, None, None]
     return (1 - sigma) * x0 + sigma * noise
 
 
@@ -344,12 +345,13 @@ class VideoTransformer(nn.Module):
         return torch.cat(waves, -1).to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w) at x of that shape; sigma (B, 1) or, one a frame, (B, F).
+        """Velocity (B, F, C, h, w) at x of that shape; sigma () or (B, 1) or (B, F).
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
         past = cache or EMASinkCache(self.cfg)
-        emb = self.time_embedding(self.embed_sigma(sigma))           # (B, 1 or F, dim)
+        sigma = sigma + torch.zeros(len(x), 1)                       # (B, 1 or F)
+        emb = self.time_embedding(self.embed_sigma(sigma))
         emb6 = self.time_projection(emb).unflatten(2, (1, 6, -1))    # of a token's six modulations
         rope = rope_table(self.cfg, len(past.frames), x.shape[1])
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
@@ -444,7 +446,6 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
         else:
             x0 = 0.0                                                 # sigma begins at 1: all noise
             for sigma in cfg.sigmas[:steps]:
-                sigma = sigma.expand(len(text), 1)
                 xt = add_noise(x0, draw(len(text), cfg.chunk, *cfg.latent), sigma)
                 x0 = predict_x0(student, xt, sigma, text_kv, cache)
         yield x0, xt
@@ -458,7 +459,7 @@ def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None
 def remember(student, x0, text_kv, cache):
     """One more pass, on the clean chunk at sigma 0: later chunks shall see keys and values of the
     frames as they are, not of the noisy ones that the last step saw."""
-    student(x0, x0.new_zeros(len(x0), 1), text_kv, cache)
+    student(x0, torch.zeros(1), text_kv, cache)
     cache.append()
 
 
@@ -571,7 +572,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     path = [noise]
     for sigma, after in itertools.pairwise(cfg.schedule(cfg.sample_steps)):
         x = path[-1]
-        x0 = guided_x0(teacher, x, sigma.expand(len(x), 1), text, 0 * text, cfg.guidance)
+        x0 = guided_x0(teacher, x, sigma, text, 0 * text, cfg.guidance)
         path.append(x0 + after / sigma * (x - x0))
     return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps])
 

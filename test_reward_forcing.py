@@ -223,12 +223,12 @@ def slow_rollout(model, text, cfg, noise, start, script, reread):
         x = noise[chunk, 0]
         for step, sigma in enumerate(cfg.sigmas):
             xt = (1 - sigma) * x + sigma * noise[chunk, step]
-            x = xt - sigma * model(xt, sigma.expand(len(x), 1), text_kv, cache)
+            x = xt - sigma * model(xt, sigma, text_kv, cache)
         if chunk < len(start):
             x = start[chunk]
         yield x
         told = script.get(chunk + 1, text_kv)
-        model(x, zeros(len(x), 1), told if reread else text_kv, cache)
+        model(x, zeros(1), told if reread else text_kv, cache)
         text_kv = told
         past += stack([stack(kv) for kv in cache.newest], 1).chunk(cfg.chunk, 3)
 
@@ -280,7 +280,7 @@ def one_graph(student, text, cfg, noisy, sigma, clean, through=False, leaky=Fals
         made.append(rf.predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache))
         leaks = [*cache.newest]
         with torch.set_grad_enabled(through):
-            student(clean[:, now], zeros(len(clean), 1), text_kv, cache)
+            student(clean[:, now], zeros(1), text_kv, cache)
         if leaky:
             cache.newest = [[kept + leak - leak.detach() for kept, leak in zip(*layer)]
                             for layer in zip(cache.newest, leaks)]
