@@ -489,12 +489,12 @@ def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0, norm=mean_squa
     return (weight * norm(velocity - (noise - x0))).mean()
 
 
-def guided_x0(teacher, xt, sigma, text, negative, guidance):
+def guided_x0(teacher, xt, sigma, text, negative):
     """Classifier-free guidance: x0 = cond + guidance (cond - uncond). uncond is told negative
     prompts (B, T, text_dim); the toy's are empty, all zeros."""
     cond = predict_x0(teacher, xt, sigma, teacher.embed_text(text))
     uncond = predict_x0(teacher, xt, sigma, teacher.embed_text(negative))
-    return cond + guidance * (cond - uncond)
+    return cond + teacher.cfg.guidance * (cond - uncond)
 
 
 def dmd_gradient(x, x0_real, x0_fake):
@@ -572,7 +572,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     path = [noise]
     for sigma, after in itertools.pairwise(cfg.schedule(cfg.sample_steps)):
         x = path[-1]
-        x0 = guided_x0(teacher, x, sigma, text, 0 * text, cfg.guidance)
+        x0 = guided_x0(teacher, x, sigma, text, 0 * text)
         path.append(x0 + after / sigma * (x - x0))
     return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps])
 
@@ -715,7 +715,7 @@ def train_student(run):
             xt = add_noise(x, noise, sigma)
             negative = run.world.text([run.negative] * len(text))
             with torch.no_grad():
-                x0_real = guided_x0(teacher, xt, sigma, text, negative, cfg.guidance)
+                x0_real = guided_x0(teacher, xt, sigma, text, negative)
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
             factor = 1.0 if cfg.tilt else weight[run.own]

@@ -80,11 +80,11 @@ def drawing(noise):
     return lambda *shape: next(drawn).view(shape)
 
 
-def predicting(x0):
+def predicting(x0, cfg=TOY):
     """A model whose x0 prediction is x0(text), whatever it sees."""
     def model(xt, sigma, text, cache=None):
         return (xt - x0(text)) / sigma[..., None, None, None]
-    model.embed_text = lambda text: text
+    model.cfg, model.embed_text = cfg, lambda text: text
     return model
 
 
@@ -505,9 +505,9 @@ def test_golden_redmd_and_critic(golden):
     table = cfg.schedule(1000)[:-1]
     sigma = nearest_sigma(table, a["redmd.timestep"][:, 0])
     assert error(add_noise(x, noise, sigma), noisy) < 1e-5
-    teacher = predicting(lambda text: cond if text.any() else uncond)
-    real = rf.guided_x0(teacher, noisy, sigma.double(), ones(2, 1, 1), zeros(2, 1, 1),
-                        a["redmd.guidance"].item())
+    cfg = replace(cfg, guidance=a["redmd.guidance"].item())
+    teacher = predicting(lambda text: cond if text.any() else uncond, cfg)
+    real = rf.guided_x0(teacher, noisy, sigma.double(), ones(2, 1, 1), zeros(2, 1, 1))
     g = rf.dmd_gradient(x, real, fake)
     assert error(g, grad) < 1e-5 * grad.abs().max()
     weight = RewardWeight(1 / beta.item())(mq) * exp(beta * mq).mean()
@@ -628,7 +628,7 @@ def test_student_step_asks_each_model_about_the_right_samples(spy, change):
 
     x, text, noisy, exit_sigma, _ = samples[2].result
     assert step.noisy is noisy and step.sigma is exit_sigma and step.clean is x
-    assert step.text is real.text is text and real.guidance == cfg.guidance
+    assert step.text is real.text is text and real.teacher.cfg is cfg
     assert step.norm is rf.motion_square and not real.negative.any()
     sigma = per_sample(real.sigma[:, 0])
     assert abs(((real.xt - (1 - sigma) * x) / sigma).std() - 1) < 0.05
