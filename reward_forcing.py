@@ -699,8 +699,8 @@ def train_student(run):
                 count = step * cfg.critic_ratio + critic_step
                 x, text, *_ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x).roll(shuffle)) if cfg.tilt else 1.0
-                sigma, noise = run.draw_level(x)
-                loss = flow_matching_loss(critic, x, text, sigma, noise, weight) * share
+                level = run.draw_level(x)
+                loss = flow_matching_loss(critic, x, text, *level, weight) * share
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, progress)
