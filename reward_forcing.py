@@ -31,7 +31,7 @@ Run), and what the full size needs around the same classes.
 
 The time convention: sigma in [0, 1] is the noise level and 1 is pure noise.
     xt = (1 - sigma) x0 + sigma noise         the model predicts the velocity  v = noise - x0
-    x0 = xt - sigma v                         (functions add_noise and recover_x0)
+    x0 = xt - sigma v                         (functions add_noise and predict_x0)
 
 Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2 2405.14867,
 Wan2.1 2503.20314, Muon (K. Jordan, 2024).
@@ -192,14 +192,10 @@ def add_noise(x0, noise, sigma):
     return (1 - sigma) * x0 + sigma * noise
 
 
-def recover_x0(xt, velocity, sigma):
-    """x0 = xt - sigma v, exact if the velocity is."""
-    return xt - sigma[..., None, None, None] * velocity
-
-
 def predict_x0(model, xt, sigma, text_kv, cache=None):
-    """The model's x0 prediction for xt (B, F, C, h, w) at sigma."""
-    return recover_x0(xt, model(xt, sigma, text_kv, cache), sigma)
+    """x0 = xt - sigma v by the model's v for xt (B, F, C, h, w) at sigma; exact if the model is."""
+    velocity = model(xt, sigma, text_kv, cache)
+    return xt - sigma[..., None, None, None] * velocity
 
 
 # -------------------------------------------------------------------------------------- Layers
