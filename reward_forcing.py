@@ -1314,7 +1314,7 @@ class WanWorld:
 
     def text(self, prompts):
         """(B, T, text_dim), zero after the last token; T is the longest's."""
-        if not self.features.keys() >= set(prompts):
+        if set(prompts) - self.features.keys():
             self.learn(prompts)
         return nn.utils.rnn.pad_sequence([self.features[p] for p in prompts], batch_first=True)
 
