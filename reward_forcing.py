@@ -473,8 +473,7 @@ def motion_square(error):
     Like any fixed positive quadratic form it has the minimiser of the plain square, the conditional
     mean. In Re-DMD it turns the gradient g into M g, M a positive matrix: 0 where g is 0. The
     critic is trained by the plain square, as in the paper."""
-    blocks = avg_pool3d(error, (1, 2, 2), 1)
-    parts = error, 2 * blocks
+    parts = error, 2 * avg_pool3d(error, (1, 2, 2), 1)               # e, 2 a
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
 
 
@@ -583,13 +582,13 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     through_context: it carries gradient, to the passes that made it, and a whole clip is alive.
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
-    cache = EMASinkCache(cfg)
+    cache, frames = EMASinkCache(cfg), clean.shape[1]
     total = 0.0
-    for now in torch.arange(clean.shape[1]).split(cfg.chunk):        # the frames of a chunk
+    for now in torch.arange(frames).split(cfg.chunk):                # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
-        total += regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / clean.shape[1]
-        last = now[-1] + 1 == clean.shape[1]
+        total += regression_loss(x0, target[:, now], weight, norm) * cfg.chunk / frames
+        last = now[-1] + 1 == frames
         if last or not through_context:
             total.backward()
             total.detach_()                                          # a number from here on
@@ -866,9 +865,8 @@ def measure(chunk, video, captions, last=0):
     quality = (overlaps * named).sum(0)                                      # the captioned one's
     move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
-    at_seam = torch.arange(frames.shape[1] - 1, 0, -1) % chunk == 0          # to the end
+    at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
-    segments = avg_pool1d(quality.nan_to_num(), segment)
     # pixels of mean 0 and variance 1: the mean of their products is a correlation
     pixels = layer_norm(video.float(), video.shape[2:]).flatten(2)
     numbers = {
@@ -882,7 +880,7 @@ def measure(chunk, video, captions, last=0):
         "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
         "copy": (pixels[:, -last:] @ pixels[:, :chunk].mT).amax(2) / pixels.shape[2],
-        "drift": 100 * segments.std(1, correction=0),
+        "drift": 100 * avg_pool1d(quality.nan_to_num(), segment).std(1, correction=0),
     }
     # what is NaN is left out
     return {name: round(number.float().nanmean().item(), 4) for name, number in numbers.items()}
@@ -938,7 +936,7 @@ def update(model, optimizers, progress):
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
         optimizer.step()
     model.zero_grad()
-    return norm
+    return norm.item()
 
 
 def write_json(path, numbers):
@@ -1081,7 +1079,8 @@ class Run:
 # ------------------------------------------------------------------------- Streaming and pictures
 def play(student, decode, text, frames, finish, **others):
     """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
-    Returns the seconds of each chunk. BadInput unless frames make whole chunks.
+    Returns the seconds of each chunk, and video frames per second by the median of their second
+    half. BadInput unless frames make whole chunks.
 
     text (1, T, text_dim); decode: that of a VAE, None leaves them latents; others: rollout's cache,
     start, steer and reread. Decoding, copying and finish have a thread of their own, beside the
@@ -1103,12 +1102,8 @@ def play(student, decode, text, frames, finish, **others):
             beside.wait_stream(device.current_stream())              # until x0 is made
             done = thread.submit(job, x0)
         done.result()
-    return np.diff(clock)
-
-
-def speed(cfg, seconds):
-    """Video frames per second, by the median of the second half of the chunks' seconds."""
-    return cfg.chunk * cfg.time_stride / np.median(seconds[len(seconds) // 2:])
+    seconds = np.diff(clock)
+    return seconds, cfg.chunk * cfg.time_stride / np.median(seconds[len(seconds) // 2:])
 
 
 def tile(videos, scale):
@@ -1227,13 +1222,13 @@ def ablate(run):
         key = f"{arm}, {run.cfg}"
         if key not in done:
             print(f"{arm}, seed {seed}")
-            run.state.pop("student")
+            del run.state["student"]
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", base.frames, 2))
             write_json(path, done)
-        rows.append(list(done[key].values()))
+        rows += done[key].values()
 
-    numbers = np.stack(np.array_split(rows, len(SEEDS)))             # seeds, arms, measures
+    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))          # the last: measures
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[:, :1])):
         errors = table.std(0, ddof=1) / len(SEEDS) ** 0.5
         for arm, *row in zip(ARMS, table.mean(0), errors):
@@ -1490,9 +1485,6 @@ def videoalign(folder):
     return reward
 
 
-PEAK, RATE = 989e12, 400e12                  # FLOP/s of an H100 in bf16: on paper; in practice
-
-
 def frame_flops(cfg, seen):
     """FLOPs of linear layers and attention in one pass, for each frame; it sees so many frames."""
     width = 6 * cfg.dim + 2 * cfg.ffn_dim + 2 * (seen * cfg.tokens + cfg.text_len)
@@ -1533,7 +1525,7 @@ def dry_run(args, counts=(1, 8, 64)):
             "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values: stored and laid out
             "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
-        seconds = step_flops(cfg, teacher) / count / RATE
+        seconds = step_flops(cfg, teacher) / count / 400e12          # FLOP/s of a GPU, in practice
         print(f"{count} GPUs: {seconds:.0f} s a step, {sum(parts.values()) / 1e9:.1f} GB of each:",
               *[f"{name} {part / 1e9:.1f};" for name, part in parts.items()])
     return cfg, teacher
@@ -1599,13 +1591,13 @@ def train(args):
 
         def end_step(self, step, **numbers):
             """Log also, since the run began or went on: tokens rolled out per second, the most GB
-            of a GPU in use, and the model's FLOPs as a part of what a GPU's peak allows."""
+            of a GPU in use, and the model's FLOPs as a part of an H100's peak in bf16."""
             seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
             tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
             super().end_step(
                 step, **numbers, tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
-                utilisation=step_flops(cfg, guide) / seconds / processes / PEAK)
+                utilisation=step_flops(cfg, guide) / seconds / processes / 989e12)
     train_student(FullRun(cfg, args.out, world, reward, args.negative))
     torch.distributed.destroy_process_group()
 
@@ -1782,10 +1774,9 @@ def stream(args):
         bar.mininterval = math.inf                                   # show draws it
         print("\x1b[2J\x1b[999H", end="")                            # to type on the last line
     with open(f"{args.out}/stream.webp", "wb", 0) as file, bar:      # 0: not held in a buffer
-        seconds = play(student, decode, text, cfg.frames, finish, cache=cache,
-                       start=start, steer=steer, reread=args.reread)
-    print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {speed(cfg, seconds):.1f} frames "
-          "per second")
+        seconds, fps = play(student, decode, text, cfg.frames, finish, cache=cache,
+                            start=start, steer=steer, reread=args.reread)
+    print(f"{file.name}: first chunk {seconds[0]:.2f} s, then {fps:.1f} frames per second")
 
 
 def bench(args):
@@ -1799,11 +1790,10 @@ def bench(args):
     def climb(rung):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        cold, warm, alone = (play(student, each, text, cfg.frames, len)
-                             for each in (decode, decode, None))
-        fps = speed(cfg, warm)
+        (cold, _), (warm, fps), (_, alone) = (play(student, each, text, cfg.frames, len)
+                                              for each in (decode, decode, None))
         memory = torch.cuda.max_memory_allocated() / 1e9
-        table[rung] = fps, speed(cfg, alone), warm[0], sum(cold - warm), memory
+        table[rung] = fps, alone, warm[0], sum(cold - warm), memory
         print(f"{rung:14}{fps / table['eager'][0]:9.2f}",
               *[f"{number:9.2f}" for number in table[rung]])
         write_json(args.out / "bench.json", table)
