@@ -236,9 +236,9 @@ def mlp(inputs, hidden, outputs, activation):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
+        self.heads, dim = cfg.heads, cfg.dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in "qk")     # over all heads
         nn.init.normal_(self.q.bias)                                 # equal biases: at first,
@@ -264,12 +264,13 @@ def modulate(x, shift, scale):
 
 class Block(nn.Module):
     """Self-attention to context and chunk, cross-attention to the text, feed-forward."""
-    def __init__(self, dim, ffn_dim, heads):
+    def __init__(self, cfg):
         super().__init__()
-        self.self_attn = Attention(dim, heads)
-        self.cross_attn = Attention(dim, heads)
+        dim = cfg.dim
+        self.self_attn = Attention(cfg)
+        self.cross_attn = Attention(cfg)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = mlp(dim, ffn_dim, dim, nn.GELU("tanh"))
+        self.ffn = mlp(dim, cfg.ffn_dim, dim, nn.GELU("tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
         self.modulation.data[:, [2, 5]] += 0.3                       # gates: branches start open
 
@@ -321,8 +322,7 @@ class VideoTransformer(nn.Module):
         self.text_embedding = mlp(cfg.text_dim, dim, dim, nn.GELU("tanh"))
         self.time_embedding = mlp(cfg.freq_dim, dim, dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, cfg.ffn_dim, cfg.heads) for _ in range(cfg.layers))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(dim, cfg.channels * 4)
 
     def embed_text(self, text):
