@@ -1497,10 +1497,9 @@ def step_flops(cfg, teacher):
     to be full all the time."""
     student = frame_flops(cfg, cfg.window)
     critic = frame_flops(cfg, cfg.clip)
-    guided = 2 * frame_flops(teacher, cfg.clip)
     rollout = student * (cfg.denoise_steps + 3) / 2                  # mean exit, and the clean pass
     critic_update = rollout + 3 * critic
-    student_update = rollout + guided + critic + 4 * student
+    student_update = rollout + 2 * frame_flops(teacher, cfg.clip) + critic + 4 * student
     return cfg.batch * cfg.clip * (cfg.critic_ratio * critic_update + student_update)
 
 
