@@ -1285,8 +1285,8 @@ class WanWorld:
         # strict: for a folder that is not there, the library would ask the network
         vae = Wan.from_pretrained((folder / "vae").resolve(strict=True)) if folder else Wan()
         self.vae = vae.to(torch.get_default_device(), PRECISION).requires_grad_(False)
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
-        self.mean, self.std = statistics[..., None, None]                    # (C, 1, 1) each
+        self.mean, self.std = torch.tensor(                                  # (C, 1, 1) each
+            [vae.config.latents_mean, vae.config.latents_std])[..., None, None]
         self.folder, self.features = folder, {}
 
     @using("Wan2.1's text encoder", "pip install transformers, and see that --wan is complete")
