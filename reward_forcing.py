@@ -241,8 +241,8 @@ class Attention(nn.Module):
         self.heads, dim = cfg.heads, cfg.dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in "qk")     # over all heads
-        nn.init.normal_(self.q.bias)                                 # equal biases: at first,
-        self.k.bias.data.copy_(self.q.bias)                          # attend to near tokens
+        # equal biases: at first, attend to near tokens
+        self.k.bias.data.copy_(nn.init.normal_(self.q.bias))
 
     def key_value(self, x):
         """What others see of x (B, T, dim)."""
