@@ -991,9 +991,8 @@ class Run:
     def model(self, stage):
         """A VideoTransformer with the weights that a stage made; the critic starts as the
         teacher."""
-        made_by = "teacher" if stage == "critic" else stage
         model = VideoTransformer(self.cfg)
-        model.load_state_dict(self.state[made_by]["parts"][0])
+        model.load_state_dict(self.state["teacher" if stage == "critic" else stage]["parts"][0])
         return model
 
     def each_turn(self, *what):
