@@ -341,7 +341,8 @@ class VideoTransformer(nn.Module):
         return torch.cat(waves, -1).to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w) at x of that shape; sigma () or (B, 1) or (B, F).
+        """Velocity (B, F, C, h, w), in the model's precision, at x of that shape; sigma () or (B, 1)
+        or (B, F).
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
@@ -358,7 +359,7 @@ class VideoTransformer(nn.Module):
                 cache.newest[layer] = kv
         patches = self.head(h, emb[:, :, None, None])                        # (B, F, N, 2*2*C)
         patches = patches.unflatten(3, (2, 2, -1)).unflatten(2, self.cfg.grid)
-        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape).type_as(x)
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape)
 
 
 # ------------------------------------------------------------------------------- EMA-Sink cache
@@ -694,8 +695,7 @@ def train_student(run):
                 count = step * cfg.critic_ratio + critic_step
                 x, text, *_ = draw_samples(run, student, count)
                 weight = weigh(run.judge(x).roll(shuffle)) if cfg.tilt else 1.0
-                level = run.draw_level(x)
-                loss = flow_matching_loss(critic, x, text, *level, weight) * share
+                loss = flow_matching_loss(critic, x, text, *run.draw_level(x), weight) * share
                 loss.backward()
                 critic_loss += loss.item()
             update(critic, critic_optimizers, progress)
