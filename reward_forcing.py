@@ -341,7 +341,7 @@ class VideoTransformer(nn.Module):
         return torch.cat(waves, -1).to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w), in the model's precision, at x of that shape; sigma () or (B, 1)
+        """Velocity (B, F, C, h, w), in the model's precision, at x of that shape; sigma is (), (B, 1)
         or (B, F).
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
