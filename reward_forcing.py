@@ -341,8 +341,8 @@ class VideoTransformer(nn.Module):
         return torch.cat(waves, -1).to(self.patch_embedding.weight)
 
     def forward(self, x, sigma, text_kv, cache=None):
-        """Velocity (B, F, C, h, w), in the model's precision, at x of that shape; sigma is (), (B, 1)
-        or (B, F).
+        """Velocity (B, F, C, h, w), in the model's precision, at x of that shape; sigma (),
+        (B, 1) or (B, F).
 
         With a cache, the chunk x sees the cache's context and itself, and its own keys and values
         become cache.newest. Without one, the context is empty: the frames of x see each other."""
@@ -1520,7 +1520,8 @@ def dry_run(args, counts=(1, 8, 64)):
         parts = {
             "student and critic": 2 * 16 * trained / count,  # weight, gradient, moments in float32
             "average and teacher": (4 * trained + 2 * fixed) / count,        # float32 and bf16
-            "cache": 4 * cfg.layers * frame * cfg.window,    # keys, values: stored and laid out
+            # keys and values: stored in float32 and laid out, those of the newest chunk in bf16
+            "cache": 2 * cfg.layers * frame * (3 * cfg.window - 2 * cfg.chunk),
             "critic's activations": frame * cfg.clip * (cfg.layers + 2 * block),     # of blocks'
             "VAE and reward": 5e9}                           # inputs, and within one; gradients
         seconds = step_flops(cfg, teacher) / count / 400e12          # FLOP/s of a GPU, in practice
@@ -1835,7 +1836,7 @@ def main(argv=None):
         os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, OverflowError) as error:               # the last: a WebP of 4 GiB
         print(f"reward_forcing: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
