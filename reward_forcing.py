@@ -722,9 +722,10 @@ def train_student(run):
         for mean, new in zip(average.parameters(), student.parameters()):
             mean.data.lerp_(new.data, 1 - keep)
         run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
-                reward=reward.mean(), gap=gap, weight_min=weight.min(), weight_max=weight.max(),
-                effective_samples=weight.sum() ** 2 / weight.square().sum(),
-                sink_updates=updates)
+                     reward=reward.mean(), gap=gap,
+                     weight_min=weight.min(), weight_max=weight.max(),
+                     effective_samples=weight.sum() ** 2 / weight.square().sum(),
+                     sink_updates=updates)
 
 
 # =============================================================================================
