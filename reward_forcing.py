@@ -67,11 +67,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-# ------------------------------------------------------------------------------------- Config
+# --------------------------------------------------------------------------------------- Config
 @dataclass(frozen=True)
 class Config:
     """The numbers of the method. Every field is a flag: text_dim is --text-dim; ode, which is
-    true or false, is --ode and --no-ode. What others are multiples of stands before them."""
+    true or false, is --ode and --no-ode. A field stands after the one that it must be a multiple
+    of, so that this one is checked first."""
     # the transformer
     heads: int = 6                  # H
     dim: int = 96                   # width
@@ -87,7 +88,7 @@ class Config:
     width: int = 32
     time_stride: int = 1            # video frames per latent frame (the very first counts one)
     # the stream
-    frames: int = 240               # video frames, at full size 477; of the toy's longest streams
+    frames: int = 240               # video frames of a stream; at full size 477
     chunk: int = 3                  # L
     sink: int = 3                   # S, 0 for none; 3 = L: the first chunk, which was made at once
     window: int = 9                 # W
@@ -154,8 +155,8 @@ class Config:
     def __post_init__(self):
         """BadInput, with the mend, for a config that cannot work: so nothing is loaded, let alone
         trained, before the numbers are known to fit each other."""
-        shares = "alpha drop_caption weight_ema".split()             # in [0, 1]
-        # where 0 means none
+        # what must be in [0, 1], and what else may be 0, which means none
+        shares = "alpha drop_caption weight_ema".split()
         others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
         units = {
             "dim": 2 * self.heads,                                   # RoPE turns pairs in a head
@@ -179,7 +180,7 @@ class Config:
               f"{self.sink} and chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}")
 
 
-# -------------------------------------------------------------------------------- Noise levels
+# --------------------------------------------------------------------------------- Noise levels
 def shift_sigma(u, shift):
     """u in [0, 1] to a noise level in [0, 1]; a larger shift stays longer near pure noise."""
     return shift * u / (1 + (shift - 1) * u)
@@ -198,7 +199,7 @@ def predict_x0(model, xt, sigma, text_kv, cache=None):
     return xt - sigma[..., None, None, None] * velocity
 
 
-# -------------------------------------------------------------------------------------- Layers
+# --------------------------------------------------------------------------------------- Layers
 def waves_of(position, count, base):
     """Cosines and sines of position (...) at `count` frequencies from 1 down to nearly 1 / base:
     two of (..., count), float64."""
@@ -241,7 +242,7 @@ class Attention(nn.Module):
         self.heads, dim = cfg.heads, cfg.dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in "qk")     # over all heads
-        # equal biases: at first, attend to near tokens
+        # equal biases: under RoPE, at first, attend to near tokens
         self.k.bias.data.copy_(nn.init.normal_(self.q.bias))
 
     def key_value(self, x):
@@ -249,11 +250,11 @@ class Attention(nn.Module):
         return self.norm_k(self.k(x)), self.v(x)
 
     def forward(self, x, k, v, rope=None):
-        """What x (B, F, N, dim), turned by rope, sees in k and v (B, T, dim)."""
+        """What x (B, F, N, dim) sees in k and v (B, T, dim); rope turns its queries."""
         q = self.norm_q(self.q(x)).flatten(1, 2)
         if rope:
             q = rotate(q, rope)
-        q, k, v = [torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = [torch.unflatten(t, 2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
         out = scaled_dot_product_attention(q, k, v)                          # (B, H, F*N, D)
         return self.o(out.transpose(1, 2).flatten(2)).view_as(x)
 
@@ -285,9 +286,10 @@ class Block(nn.Module):
         h = modulate(x, shift1, scale1)
         k, v = self.self_attn.key_value(h.flatten(1, 2))                     # (B, F*N, dim)
         keys, values = rotate(k, rope), v
-        if context:                          # no causal mask: the frames to come do not exist yet
+        if context:
             keys = torch.cat([context[0], keys], 1)
             values = torch.cat([context[1], values], 1)
+        # no causal mask is needed: the frames to come do not exist yet
         x = x + gate1 * self.self_attn(h, keys, values, rope)
         x = x + self.cross_attn(self.norm3(x), *text_kv)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
@@ -306,7 +308,7 @@ class Head(nn.Module):
         return self.head(modulate(x, *shift_scale))
 
 
-# --------------------------------------------------------------------------------- Transformer
+# ---------------------------------------------------------------------------------- Transformer
 class VideoTransformer(nn.Module):
     """Wan2.1's text-to-video transformer (2503.20314), parameter names included. It is teacher,
     critic and student: without a cache all frames see each other, with one a chunk sees its past.
@@ -349,7 +351,7 @@ class VideoTransformer(nn.Module):
         past = cache or EMASinkCache(self.cfg)
         sigma = sigma + torch.zeros(len(x), 1)                       # (B, 1 or F)
         emb = self.time_embedding(self.embed_sigma(sigma))
-        emb6 = self.time_projection(emb).unflatten(2, (1, 6, -1))    # of a token's six modulations
+        emb6 = self.time_projection(emb).unflatten(2, (1, 6, -1))    # (B, 1 or F, 1, 6, dim)
         rope = rope_table(self.cfg, len(past.frames), x.shape[1])
         h = self.patch_embedding(x.transpose(1, 2).to(emb.dtype))    # (B, dim, F, rows, cols)
         h = h.flatten(3).movedim(1, 3).contiguous()                          # (B, F, N, dim)
@@ -390,8 +392,8 @@ class EMASinkCache:
     """
     def __init__(self, cfg):
         self.cfg = cfg
-        self.frames = []                    # the first S are the sink, then come the newest up to
-                                            # W - S - L; each (2, layers, B, N, dim): k and v
+        # the first S are the sink, then come the newest, up to W - S - L: keys and values of each
+        self.frames = []                    # (2, layers, B, N, dim)
         self.updates = 0                    # frames folded into the sink so far
         self.newest = [None] * cfg.layers   # keys and values of the newest pass: (B, L*N, dim)
         self.context = [None] * cfg.layers  # what the next chunk sees of them: (B, T, dim)
@@ -399,8 +401,8 @@ class EMASinkCache:
     def append(self):
         """Keep the newest pass, which must be that of a clean chunk, and lay out the window."""
         cfg, frames = self.cfg, self.frames
-        clean = torch.stack([torch.stack(kv) for kv in self.newest], 1)      # of L frames
-        # contiguous, as lerp makes them: the layout's graph depends on that
+        clean = torch.stack([torch.stack(kv) for kv in self.newest], 1)      # as frames; L*N tokens
+        # contiguous, as lerp's results are: other strides would compile lay_out anew
         frames += [frame.float().contiguous() for frame in clean.chunk(cfg.chunk, 3)]
         while len(frames) > cfg.window - cfg.chunk:
             leaving = frames.pop(cfg.sink)
@@ -419,7 +421,7 @@ class EMASinkCache:
         return rotate(keys, rope), values                                    # (layers, B, T, dim)
 
 
-# ------------------------------------------------------------------------------------- Rollout
+# -------------------------------------------------------------------------------------- Rollout
 @torch.no_grad()
 def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None,
             cache=None, start=(), steer=None, reread=False):
@@ -460,7 +462,7 @@ def remember(student, x0, text_kv, cache):
     cache.append()
 
 
-# -------------------------------------------------------------------------------------- Losses
+# --------------------------------------------------------------------------------------- Losses
 def mean_square(error):
     """(B, ...) -> (B,)"""
     return error.square().flatten(1).mean(1)
@@ -479,7 +481,8 @@ def motion_square(error):
 
 
 def flow_matching_loss(model, x0, text, sigma, noise, weight=1.0, norm=mean_square):
-    """mean of weight |v - (noise - x0)|^2: x0 (B, F, C, h, w), sigma (B, 1 or F), weight (B,).
+    """mean of weight times norm, by default the mean square, of v - (noise - x0); x0 (B, F, C, h,
+    w), sigma (B, 1 or F), weight (B,).
     It trains the teacher on data and the critic on the student's samples."""
     velocity = model(add_noise(x0, noise, sigma), sigma, model.embed_text(text))
     return (weight * norm(velocity - (noise - x0))).mean()
@@ -500,7 +503,7 @@ def dmd_gradient(x, x0_real, x0_fake):
     difference of the scores:  grad log p_student(xt) - grad log p_teacher(xt).
     A score is an x0 prediction in disguise:  grad log p(xt) = ((1 - sigma) x0 - xt) / sigma^2.
     So the difference of the scores is that of the x0 predictions, up to a factor, which DMD
-    replaces by 1 / mean|x - x0_real| over each sample (2311.18828, eq. 7 and 8):
+    replaces by 1 / mean|x - x0_real| over each sample (2311.18828, eq. 7 and 8).
     """
     normaliser = (x - x0_real).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-8)
     return (x0_fake - x0_real) / normaliser
@@ -532,7 +535,7 @@ class RewardWeight(nn.Module):
         return (weight / self.mean).float()
 
 
-# ----------------------------------------------------------------------------- Training stages
+# ------------------------------------------------------------------------------ Training stages
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
 # made; its draw_... functions are where clips and noise come from. run.stage counts the steps
 # that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
@@ -584,7 +587,7 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
     noisy, clean, target (B, F, C, h, w), sigma (B, F), weight (B,).
     """
     cache, frames = EMASinkCache(cfg), clean.shape[1]
-    total = 0.0
+    total = 0.0                                      # of the chunks so far
     for now in torch.arange(frames).split(cfg.chunk):                # the frames of a chunk
         text_kv = student.embed_text(text)           # anew: each backward frees its graph
         x0 = predict_x0(student, noisy[:, now], sigma[:, now], text_kv, cache)
@@ -592,7 +595,7 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
         last = now[-1] + 1 == frames
         if last or not through_context:
             total.backward()
-            total.detach_()                                          # a number from here on
+            total.detach_()                                          # its graph is used up
         if not last:                                                 # the last is nobody's context
             with torch.set_grad_enabled(through_context):
                 remember(student, clean[:, now], text_kv, cache)
@@ -661,9 +664,10 @@ def train_student(run):
         x0_real   <- teacher(xt) with guidance
         x0_fake   <- critic(xt)
         g         <- (x0_fake - x0_real) / mean|x - x0_real|
-        weight    <- exp(reward(x) / beta), one per sample
+        weight    <- exp(reward(x) / beta) / its running mean, one per sample
         student   <- regression of that last step, from noisy, to x - g, weighted     (sweep 2)
                      (in the paper and at full size by mean_square, in the toy by motion_square)
+        average   <- weight_ema average + (1 - weight_ema) student             (it streams)
 
     Teacher and critic see the whole clip at once. They judge; only the student must be causal.
 
@@ -704,6 +708,7 @@ def train_student(run):
         reward = torch.cat([run.judge(x) for x, *_ in samples])              # (batch,)
         weight = weigh(reward.roll(shuffle))
         loss = gap = 0.0
+        # each_turn is asked first: it sets run.own
         for share, (x, text, noisy, exit_sigma, updates) in zip(
                 run.each_turn("judges", step), samples):
             sigma, noise = run.draw_level(x)
@@ -718,7 +723,7 @@ def train_student(run):
                             mean_square if cfg.plain_norm else motion_square)
             gap += (x0_real - x0_fake).abs().mean() * share
         grad_norm = update(student, student_optimizers, progress)
-        keep = cfg.weight_ema * (step >= cfg.ema_start)              # before: 0
+        keep = cfg.weight_ema * (step >= cfg.ema_start)              # 0 at first: a copy
         for mean, new in zip(average.parameters(), student.parameters()):
             mean.data.lerp_(new.data, 1 - keep)
         run.end_step(step, loss=loss, critic_loss=critic_loss, grad_norm=grad_norm,
@@ -733,7 +738,7 @@ def train_student(run):
 # =============================================================================================
 
 
-# --------------------------------------------------------------------------- The world of the toy
+# ------------------------------------------------------------------------- The world of the toy
 class ToyWorld:
     """What tiny_data/world.npz holds, made by make.py beside it: clips, their captions, and the
     toy's VAE, which is the principal components of stride x stride pixel patches.
@@ -757,7 +762,7 @@ class ToyWorld:
                   f"--time-stride {cfg.time_stride}")
             self.prompts = list(dict.fromkeys(self.captions))
             self.words = sorted(set(" ".join(self.captions).split()))
-            self.text(self.prompts)          # refused now: a prompt too long, words for --text-dim
+            self.text(self.prompts)          # refused now: a prompt too long, too many words
 
     def text(self, captions):
         """The toy's text encoder: captions to (B, text_len, text_dim).
@@ -812,6 +817,7 @@ def agreement(centre):
     """(B, F-2): motion in px per frame on which two neighbouring steps a, b of the centre agree,
     min(|a|, |b|) max(0, cos(a, b)). Trembling, and a jump after standing still, count nothing; nor
     does an object that stands still (0 / 0) or is lost (NaN)."""
+    # |a| |b| cos / max(|a|, |b|) = min(|a|, |b|) cos
     steps = centre.diff(dim=1).unfold(1, 2, 1)                               # (B, F-2, x y, a b)
     product = steps.prod(3).sum(2).clamp_min(0)                              # |a| |b| max(0, cos)
     return (product / steps.norm(dim=2).amax(2)).nan_to_num()
@@ -848,7 +854,7 @@ def measure(chunk, video, captions, last=0):
     its last frames (0: all): means over the B clips.
 
     shape   fraction of frames whose object is most like the captioned shape
-    agree   px per frame of motion on which neighbouring steps agree: see agreement; lost: none
+    agree   px per frame of motion on which neighbouring steps agree (agreement)
     jitter  px by which neighbouring steps differ
     inside  px per frame within a chunk;      seam   px from one chunk to the next
     reward  motion_reward;                    lost   fraction of frames without an object
@@ -887,7 +893,7 @@ def measure(chunk, video, captions, last=0):
     return {name: round(number.float().nanmean().item(), 4) for name, number in numbers.items()}
 
 
-# ----------------------------------------------------------- Randomness, optimizers and checkpoint
+# -------------------------------------------------------- Randomness, optimizers and checkpoint
 def set_seed(*what):
     """All random numbers from here on depend on `what` alone: a resumed run draws the same."""
     torch.manual_seed(zlib.crc32(repr(what).encode()))
@@ -921,9 +927,10 @@ def make_optimizers(model, lr, momentum=0.95):
     if model.cfg.adamw:
         return [torch.optim.AdamW(model.parameters(), lr, betas=(0.0, 0.999))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    return [Muon(matrices, lr, 0.01, momentum),              # it comes first, AdamW steps what is
-            torch.optim.AdamW(model.parameters(), lr / 10,   # left: parameters without gradient,
-                              betas=(min(0.9, momentum), 0.95), eps=1e-20)]      # it passes over
+    # Muon comes first and leaves its matrices without gradient; AdamW passes over such
+    return [Muon(matrices, lr, 0.01, momentum),
+            torch.optim.AdamW(model.parameters(), lr / 10,
+                              betas=(min(0.9, momentum), 0.95), eps=1e-20)]
 
 
 def update(model, optimizers, progress):
@@ -972,8 +979,8 @@ def load_shipped(cfg):
 class Run:
     """A training run in the folder out: its world, its stages so far, its checkpoint and log.
 
-    A batch is computed in several turns, to save memory, and by several processes; in the toy one
-    process does it in one turn. All draw the same random numbers, for the whole batch, and keep
+    A batch may be computed in several turns, to save memory, and by several processes; in the toy
+    one process does it in one turn. All draw the same random numbers, for the whole batch, and keep
     those of their own n samples. So any number of turns and processes trains alike, and they all
     stop rollouts at the same step.
     """
@@ -984,7 +991,7 @@ class Run:
     negative: str = ""               # what guidance leads away from
     own = slice(None)                # the n samples of this turn and process: all of the batch
     turns, rank = [own], 0           # own in each turn; the number of this process
-    whole = cut = join = staticmethod(lambda x: x)                   # sharding: see FullRun
+    whole = cut = join = staticmethod(lambda x: x)      # of sharded tensors: see FullRun
 
     def __post_init__(self):
         self.state = load_checkpoint(self.out / "checkpoint.pt")
@@ -1009,7 +1016,7 @@ class Run:
 
     def draw_clips(self, frames, mirror=False):
         """Random cuts of random clips, as latents (B, frames, C, h, w), and their text, some of it
-        dropped. Batches of longer cuts have fewer; mirror every other cut, left to right."""
+        dropped. Batches of longer cuts have fewer. mirror: every other cut is flipped."""
         cfg, world = self.cfg, self.world
         batch = math.ceil(cfg.batch * cfg.clip / frames)
         picked = torch.randint(len(world.clips), (batch, 1))
@@ -1076,7 +1083,7 @@ class Run:
                 (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
-# ------------------------------------------------------------------------- Streaming and pictures
+# ----------------------------------------------------------------------- Streaming and pictures
 def play(student, decode, text, frames, finish, **others):
     """Stream so many video frames, and call finish(those of a chunk, on the CPU) chunk by chunk.
     Returns the seconds of each chunk, and video frames per second by the median of their second
@@ -1087,13 +1094,15 @@ def play(student, decode, text, frames, finish, **others):
     next chunk's passes. At most two chunks are held.
     """
     cfg, past, clock = student.cfg, {}, [time.perf_counter()]
-    device = torch.get_device_module(torch.get_default_device())     # torch.cuda, or torch.cpu,
-    beside = device.Stream()                                         # whose streams do nothing
+    # torch.cuda, or torch.cpu, whose streams do nothing
+    device = torch.get_device_module(torch.get_default_device())
+    beside = device.Stream()
 
     def job(x0):
         with device.stream(beside):
             finish((decode(x0, past) if decode else x0).cpu())
         clock.append(time.perf_counter())
+
     set_seed(cfg.seed, "stream")
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(int)                                    # nothing to wait for yet
@@ -1170,8 +1179,8 @@ def report(run):
     shown = {
         "data": (world.clips, world.captions),
         "teacher": (world.decode(path[-1]), captions),
-        "causal": stream_all(run, "causal", cfg.clip, 4),            # these two from the same noise
-        "student": stream_all(run, "student", cfg.clip, 4),
+        "causal": stream_all(run, "causal", cfg.clip, 4),
+        "student": stream_all(run, "student", cfg.clip, 4),          # from the same noise
     }
     examples = torch.cat([video[:4, :cfg.clip] for video, _ in shown.values()])    # a row for each
     save_pictures(run.out / "report.png", examples)
@@ -1186,7 +1195,7 @@ def report(run):
     write_json(run.out / "metrics.json", rows)
 
 
-# ----------------------------------------------------------------------------------- Ablation
+# ------------------------------------------------------------------------------------- Ablation
 SEEDS = 100, 101, 102                        # they tuned nothing
 ARMS = {                                     # an arm: the flags by which --toy alone would train it
     "Re-DMD": "",
@@ -1213,7 +1222,7 @@ def ablate(run):
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     base = run.cfg
-    run.out /= "ablation"                    # for the last student; the log goes on
+    run.out /= "ablation"                    # of the student in training
     run.out.mkdir(exist_ok=True)
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
@@ -1228,14 +1237,15 @@ def ablate(run):
             write_json(path, done)
         rows += done[key].values()
 
-    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))          # the last: measures
+    # seeds, arms, measures, which have the names of any student's
+    numbers = np.reshape(rows, (len(SEEDS), len(ARMS), -1))
     for suffix, table in (("", numbers), (" - Re-DMD", numbers - numbers[:, :1])):
         errors = table.std(0, ddof=1) / len(SEEDS) ** 0.5
         for arm, *row in zip(ARMS, table.mean(0), errors):
             print(f"{arm + suffix:28}", *map("{} {:.3f} +- {:.3f}".format, done[key], *row))
 
 
-# ----------------------------------------------------------------------------------- Bad input
+# ------------------------------------------------------------------------------------ Bad input
 class BadInput(Exception):
     """What the user gave cannot work. The message is one sentence that says how to mend it."""
 
@@ -1254,8 +1264,8 @@ def using(what, mend):
         raise BadInput(f"{what} cannot be used ({str(error)[:500]!r}): {mend}")
 
 
-# ----------------------------------------------------------------------------------- Full size
-# in which it runs, but for what is trained, which is kept in float32; the toy is all in float32
+# ------------------------------------------------------------------------------------ Full size
+# the full size computes in this; what is trained is kept in float32. The toy is all in float32
 PRECISION = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -1314,9 +1324,9 @@ class WanWorld:
         return nn.utils.rnn.pad_sequence([self.features[p] for p in prompts], batch_first=True)
 
     def compile(self):
-        """Two graphs: for a memory laid out by the first chunk, which is not compiled, and by these
-        graphs themselves. They are traced in play's thread, which has no default device: under one
-        the library's code cannot be."""
+        """Two graphs, for a memory laid out by the first chunk, which is not compiled, and by these
+        graphs; or one, where both are laid out alike. They are traced in play's thread, which has
+        no default device: under one the library's code cannot be."""
         nn.utils.convert_conv3d_weight_memory_format(self.vae, torch.channels_last_3d)
         self.vae.decoder.compile(fullgraph=True, dynamic=False)
 
@@ -1352,6 +1362,7 @@ def tiny_decoder(folder):
         stream = past.setdefault("stream", StreamingTAEHV(model))    # it remembers
         frames = [stream.decode(latents.to(PRECISION)), *iter(stream.decode, None)]
         return to_bytes(2 * torch.cat(frames, 1) - 1)
+
     return decode
 
 
@@ -1380,6 +1391,7 @@ def fastest_attention(cfg):
             attention.activate_flash_attention_impl(name)
         elif attention.current_flash_attention_impl():
             attention.restore_flash_attention_impl()
+
     for name in "flash", "cudnn", "FA3", "FA4":
         with contextlib.suppress(RuntimeError, ImportError):      # it is not there
             choose(name)
@@ -1392,7 +1404,7 @@ def fastest_attention(cfg):
 
 def to_float8(x):
     """x in 8 bits, each row of its own scale, and the scales."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 448    # of e4m3: the largest
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / 448    # 448: of e4m3
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -1559,7 +1571,7 @@ def train(args):
         def model(self, stage):
             """A model in parts. A block is put together, in bf16, while it runs. Its activations
             are not kept but computed again in the backward pass, which is exact: a block depends
-            on its arguments alone, and regress goes back before the context moves on."""
+            on its arguments alone, and regress goes backward before the context moves on."""
             size, kept = cfg, torch.float32
             if stage == "teacher":           # which is not trained
                 size, kept = guide, PRECISION
@@ -1590,8 +1602,8 @@ def train(args):
             return None if self.rank else p.cpu()
 
         def end_step(self, step, **numbers):
-            """Log also, since the run began or went on: tokens rolled out per second, the most GB
-            of a GPU in use, and the model's FLOPs as a part of an H100's peak in bf16."""
+            """Log also, since the run began or went on: tokens rolled out per second, a GPU's peak
+            GB, on average, and the model's FLOPs as a part of an H100's peak in bf16."""
             seconds = self.bar.format_dict["elapsed"] / (step + 1 - self.bar.initial)
             tokens = cfg.batch * (cfg.critic_ratio + 1) * cfg.clip * cfg.tokens
             super().end_step(
@@ -1602,7 +1614,7 @@ def train(args):
     torch.distributed.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------- Command line
+# --------------------------------------------------------------------------------- Command line
 class Options:
     """With which files, and how. Every field with a type is a flag, as in Config; what is neither
     told nor given a value here is None. What main hands to a command has two more: command, that
@@ -1623,7 +1635,7 @@ class Options:
     wan: Path                       # with --full: Diffusers folder of Wan2.1 (text encoder, VAE)
     critic: Path                    # with --train: Wan2.1-T2V-1.3B, where the critic starts; read
                                     # as --weights is
-    teacher: Path                   # with --train: that too, or with --large-teacher Wan2.1-T2V-14B
+    teacher: Path                   # with --train: Wan2.1-T2V-1.3B or, so --large-teacher, -14B
     large_teacher: bool             # --teacher is Wan2.1-T2V-14B
     prompts: Path                   # with --train: a text file, one prompt a line
     negative: str = ""              # with --train: what guidance leads away from
@@ -1687,9 +1699,10 @@ def parse(argv):
     name = "full " * args.full + args.command.__name__
     check(name in USES, f"--{name} is none of the commands (a word is a flag): {', '.join(USES)}")
     needs, takes = USES[name].split("|")
+    # needed and not told, or told and neither needed nor taken
     wrong = (told.keys() ^ needs.split()).difference(f"full command {takes}".split())
-    check(not wrong, f"add or leave out --{', --'.join(sorted(wrong))}: {name} needs {needs}and "
-          f"may have{takes}, beside what class Config has")
+    check(not wrong, f"add or leave out --{', --'.join(sorted(wrong)).replace('_', '-')}: {name} "
+          f"needs ({needs.strip()}) and may have ({takes.strip()}), beside what class Config has")
     return args
 
 
@@ -1831,7 +1844,7 @@ def main(argv=None):
         args = parse(argv)
         if torch.cuda.is_available():
             torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
-            torch.set_default_device("cuda")                         # costs time with every call
+            torch.set_default_device("cuda")                         # here: it slows every call
         print(f"{torch.get_default_device()}, torch {torch.__version__}; changed from the preset: "
               f"{args.given}")
         os.makedirs(args.out, exist_ok=True)

@@ -2,9 +2,9 @@
 
     python tiny_data/make.py [world.npz]                    # seconds; the same every time
     python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.pt (needs torch)
-    python tiny_data/make.py causal 18                      # there, a causal student trained in clips of 18 frames
+    python tiny_data/make.py causal 18                      # into it, a causal student trained in clips of 18 frames
 
-It holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
+world.npz holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
 VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 x 4 and latents. What things are for:
 
     colour, shape   in the caption; constant                   -> does the video obey its text?
@@ -12,7 +12,8 @@ VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 
     size            never in the caption, constant in a clip   -> shows whether a stream remembers
     tint            the ground's hue turns once in 48 frames   -> shows whether a stream copies its first frames
 
-For a world of your own write the same arrays (speed and size are for the tests only) and pass the file as --data.
+For a world of your own write the same arrays (speed and size are for the tests only), with the shape's name in every
+caption, and pass the file as --data, with --from-scratch.
 
 shipped.pt holds the teacher and the causal student, trained on an AMD EPYC, torch 2.13: the teacher with one thread,
 seed 0, by
@@ -124,7 +125,7 @@ def main(path):
                         mean=mean, encode=encode, decode=decode)
 
 
-SETTLED = {             # the fields of Config that a shipped stage settles: with others it is refused
+SETTLED = {             # the fields of Config, and the data, that a shipped stage settles: with others it is refused
     "teacher": "dim ffn_dim heads layers freq_dim rope_base text_dim text_len channels height width stride time_stride "
                "sigma_shift drop_caption teacher_steps teacher_lr data",
     "causal": "chunk denoise_steps causal_clip causal_steps causal_lr ode",
