@@ -619,7 +619,8 @@ def train_causal(run):
     errors at small sigma more.
     """
     cfg = run.cfg
-    student, teacher = run.model("teacher"), run.model("teacher")    # the latter is for --ode
+    student = run.model("teacher")
+    teacher = run.model("teacher") if cfg.ode else None
     optimizers = make_optimizers(student, cfg.causal_lr)
     for step in run.stage("causal", cfg.causal_steps, student, *optimizers):
         set_seed(cfg.seed, "start", step)    # not "causal": shipped.pt was trained by this word
@@ -826,6 +827,11 @@ def agreement(centre):
 def motion_reward(frames):
     """(B,), px per frame: the mean agreement, less where the object changes size on the way."""
     _, area, centre = track(frames)
+    return steady_motion(area, centre)
+
+
+def steady_motion(area, centre):
+    """motion_reward of what was tracked already: area (B, F), centre (B, F, 2)."""
     areas = area.unfold(1, 3, 1)                                             # (B, F-2, 3)
     steady = areas.amin(2) / areas.amax(2).clamp_min(1e-6)
     return (agreement(centre) * steady ** 2).mean(1)
@@ -882,7 +888,7 @@ def measure(chunk, video, captions, last=0):
         "jitter": move.diff(dim=1).norm(dim=2),
         "inside": pace[:, ~at_seam],
         "seam": pace[:, at_seam],
-        "reward": motion_reward(frames),
+        "reward": steady_motion(area, centre),
         "lost": area == 0,
         "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
@@ -947,10 +953,15 @@ def update(model, optimizers, progress):
     return norm.item()
 
 
-def write_json(path, numbers):
+def write_safely(path, write):
+    """write(temporary path), then rename: a killed run leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(numbers, indent=1))
-    temporary.replace(path)                  # so a killed run leaves the old file or the new one
+    write(temporary)
+    temporary.replace(path)
+
+
+def write_json(path, numbers):
+    write_safely(path, lambda p: p.write_text(json.dumps(numbers, indent=1)))
 
 
 def load_checkpoint(path):
@@ -1077,9 +1088,7 @@ class Run:
             if bar.desc == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.rank == 0:
-                temporary = self.out / "checkpoint.tmp"
-                torch.save(state, temporary)
-                temporary.replace(self.out / "checkpoint.pt")        # as in write_json
+                write_safely(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
                 (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
@@ -1724,10 +1733,12 @@ def open_student(args):
         world = ToyWorld(cfg, args.data)
         check(world.checksum == checksum,
               f"{args.out} was trained in another world: give its --data")
-    student = VideoTransformer(cfg)
+    device = torch.get_default_device()
+    with torch.device("meta" if args.weights else device):           # a file's replace its weights
+        student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
-    student.to(torch.get_default_device(), PRECISION if args.full else None)
+    student.to(device, PRECISION if args.full else None)
     return student, world, cfg
 
 
