@@ -1619,6 +1619,7 @@ def train(args):
                 step, **numbers, tokens_per_second=tokens / seconds,
                 memory=torch.cuda.max_memory_allocated() / 1e9,
                 utilisation=step_flops(cfg, guide) / seconds / processes / 989e12)
+
     train_student(FullRun(cfg, args.out, world, reward, args.negative))
     torch.distributed.destroy_process_group()
 
@@ -1755,7 +1756,8 @@ def open_clip(path, cfg):
 
 def stream(args):
     """stream --prompt into out/stream.webp, and with --live into the terminal; say how fast"""
-    check(not args.live or sys.stdout.isatty(), "--live needs a terminal: there will be a file")
+    check(not args.live or sys.stdout.isatty(),
+          "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, world, cfg = open_student(args)
     script = {}                                                      # chunk: the prompt from there
     for frame, prompt in args.then:
@@ -1793,6 +1795,7 @@ def stream(args):
         if args.live:
             show(pictures,
                  f"{bar}, {len(cache.frames)} frames in the window, {cache.updates} folded")
+
     bar = tqdm(desc=args.prompt, total=cfg.frames, unit=" frames")
     if args.live:
         bar.mininterval = math.inf                                   # show draws it
