@@ -120,6 +120,7 @@ class Config:
     ema_start: int = 0              # student updates before it averages; until then it is a copy
     adamw: bool = False             # the paper's AdamW(0, .999) at a constant rate, clipped at 10
     seed: int = 0
+    data: str = "world.npz"         # the toy's world: a file in tiny_data, or by its full path
 
     @property
     def grid(self):                                                  # of tokens: rows, columns
@@ -167,9 +168,9 @@ class Config:
             "sample_steps": self.denoise_steps,
             "freq_dim": 2}                                           # a cosine and a sine
         for name, value in vars(self).items():
-            check(value > 0 or not value and name in shares + others,
+            check(name == "data" or value > 0 or not value and name in shares + others,
                   f"{name}={value} must be above 0; 0 only where that means none")
-            check(value <= 1 or name not in shares, f"{name}={value} must be at most 1")
+            check(name not in shares or value <= 1, f"{name}={value} must be at most 1")
             if name in units:                                        # its unit was checked before
                 units_in(name, value, units[name])
         self.chunks_in(self.frames)
@@ -740,6 +741,9 @@ def train_student(run):
 
 
 # ------------------------------------------------------------------------- The world of the toy
+TINY_DATA = Path(__file__).parent / "tiny_data"
+
+
 class ToyWorld:
     """What tiny_data/world.npz holds, made by make.py beside it: clips, their captions, and the
     toy's VAE, which is the principal components of stride x stride pixel patches.
@@ -747,14 +751,13 @@ class ToyWorld:
     clips     (n, F, 3, height, width) uint8, of one coloured shape each
     captions  n strings; prompts: each once; words: what they are made of
     """
-    def __init__(self, cfg, path):
+    def __init__(self, cfg):
         self.cfg = cfg
-        with using(path, "change the flags (--stride, --text-dim) or make another by make.py"):
-            file = np.load(path)
+        with using(cfg.data, "change the flags (--stride, --text-dim) or make another by make.py"):
+            file = np.load(TINY_DATA / cfg.data)
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
-            self.checksum = zlib.crc32(file["clips"])
             _, frames, *latent = self.encode(self.clips[:1]).shape           # --stride fits, or not
             check(latent == [*cfg.latent] and frames >= max(cfg.clip, cfg.causal_clip)
                   and cfg.time_stride == 1,
@@ -976,7 +979,7 @@ def load_checkpoint(path):
 def load_shipped(cfg):
     """The stages of tiny_data/shipped.pt, as in a Run's state: teacher and, but for --ode, causal
     student; make.py beside it says how they were trained. A tensor is one of int8 and a scale."""
-    stages = torch.load(Path(__file__).parent / "tiny_data/shipped.pt")
+    stages = torch.load(TINY_DATA / "shipped.pt")
     for saved in stages.values():
         [pairs] = saved["parts"]
         for name, (whole, scale) in pairs.items():
@@ -1059,8 +1062,7 @@ class Run:
         ends with the same numbers, bit for bit on a CPU.
         """
         self.parts = parts
-        # --frames may differ from run to run
-        config = vars(self.cfg) | {"data": self.world.checksum, "frames": Config.frames}
+        config = vars(self.cfg) | {"frames": Config.frames}          # may differ from run to run
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
@@ -1566,9 +1568,7 @@ def train(args):
     with using(args.prompts, "write a prompt a line, in UTF-8"):
         world.prompts = [*filter(str.strip, args.prompts.read_text().splitlines())]
         check(world.prompts, "it is empty")
-    told = [*world.prompts, args.negative]
-    world.learn(told)                                                # before a model is loaded
-    world.checksum = zlib.crc32(repr(told).encode())
+    world.learn([*world.prompts, args.negative])                     # before a model is loaded
     args.causal = args.weights               # so each stage starts from the option of its name
 
     class FullRun(Run):
@@ -1652,7 +1652,6 @@ class Options:
     reward: str                     # with --train: videoalign:FOLDER
     micro: int = 1                  # with --train: samples on a GPU at a time
     out: Path = Path("out")         # folder of all that is written
-    data: Path = Path(__file__).parent / "tiny_data/world.npz"
     from_scratch: bool              # with --toy: train a small teacher too
 
 
@@ -1682,8 +1681,8 @@ PRESETS = {
 }
 
 USES = {                         # a command: the Options that it needs | and may have
-    "toy": "| ablate data from_scratch out",
-    "stream": "prompt | compile fp8 then reread live start data out",
+    "toy": "| ablate from_scratch out",
+    "stream": "prompt | compile fp8 then reread live start out",
     "full stream": "weights wan prompt | compile fp8 then reread live start vae out",
     "full bench": "| weights wan vae out",
     "full train": "weights critic teacher wan prompts reward | large_teacher negative micro out",
@@ -1729,11 +1728,8 @@ def open_student(args):
         saved = load_checkpoint(args.weights).get("student")
         check(saved and saved["step"] == saved["config"]["distill_steps"],
               f"{args.out} holds no student that is trained to the end: let --toy go on")
-        checksum = saved["config"].pop("data")
         cfg = Config(**saved["config"] | args.given)
-        world = ToyWorld(cfg, args.data)
-        check(world.checksum == checksum,
-              f"{args.out} was trained in another world: give its --data")
+        world = ToyWorld(cfg)
     device = torch.get_default_device()
     with torch.device("meta" if args.weights else device):           # a file's replace its weights
         student = VideoTransformer(cfg)
@@ -1843,7 +1839,7 @@ def toy(args):
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
     check(1 < cfg.chunk < min(cfg.clip, cfg.frames), "training needs --chunk 2 or more, since "
           "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
-    run = Run(cfg, args.out, ToyWorld(cfg, args.data))
+    run = Run(cfg, args.out, ToyWorld(cfg))
     if not args.from_scratch:
         run.state = load_shipped(cfg) | run.state
     train_teacher(run)

@@ -538,7 +538,7 @@ def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sam
 def make_run(line):
     """A tiny Run in which teacher and ODE student are random."""
     cfg = replace(TOY, **given(f"{TINY} {line}"))
-    run = rf.Run(cfg, Path(), rf.ToyWorld(cfg, WORLD))
+    run = rf.Run(cfg, Path(), rf.ToyWorld(cfg))
     for stage in "teacher", "causal":
         weights = random_model(cfg, float32).state_dict()
         run.state[stage] = {"config": {}, "step": 0, "parts": [weights]}
@@ -679,7 +679,7 @@ def test_world_is_what_its_script_draws(drawn):
 
 
 def test_tracker_finds_true_speeds_and_shapes_and_the_vae_leaves_them():
-    world, truth = rf.ToyWorld(TOY, WORLD), np.load(WORLD)["speed"]
+    world, truth = rf.ToyWorld(TOY), np.load(WORLD)["speed"]
     clips = world.clips[:36]                                         # of each caption three
     *_, centre = rf.track(clips)
     speed = centre.diff(dim=1).norm(dim=2).mean(1)
@@ -1340,7 +1340,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--stream --prompt red --then ten blue | --then ten",
     "--stream --prompt red --then 10 blue | 9 or 12",
     "--stream --prompt red --then 240 blue | before the end, 240",
-    "--stream --prompt red --data {}/../other.npz | in another world",
+    "--stream --prompt red --data {}/../other.npz | only --frames",
     "--stream --prompt red --start README.md | README.md",
     "--stream --prompt red --start {}/stream.gif --frames 6 | raise --frames",
     "--stream --prompt red --live | --live",
@@ -1372,7 +1372,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
     "--train --full --weights x --critic x --teacher x --wan . --prompts x --reward x | torchrun",
-    "--stream --prompt red --full --weights x --wan . --data x | leave out --data: full stream",
+    "--stream --prompt red --full --weights x --wan . --micro 2 | leave out --micro: full stream",
     "--stream --prompt red --full --weights x --wan nowhere | --wan",
     "--stream | add or leave out --prompt",
     "--stream --prompt pink | yellow",

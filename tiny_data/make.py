@@ -13,7 +13,7 @@ VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 
     tint            the ground's hue turns once in 48 frames   -> shows whether a stream copies its first frames
 
 For a world of your own write the same arrays (speed and size are for the tests only), with the shape's name in every
-caption, and pass the file as --data, with --from-scratch.
+caption to a file here, and give its name as --data, with --from-scratch.
 
 shipped.pt holds the teacher and the causal student, trained on an AMD EPYC, torch 2.13: the teacher with one thread,
 seed 0, by
@@ -125,7 +125,7 @@ def main(path):
                         mean=mean, encode=encode, decode=decode)
 
 
-SETTLED = {             # the fields of Config, and the data, that a shipped stage settles: with others it is refused
+SETTLED = {             # the fields of Config that a shipped stage settles: with others it is refused
     "teacher": "dim ffn_dim heads layers freq_dim rope_base text_dim text_len channels height width stride time_stride "
                "sigma_shift drop_caption teacher_steps teacher_lr data",
     "causal": "chunk denoise_steps causal_clip causal_steps causal_lr ode",
@@ -161,7 +161,7 @@ def causal(clip):
     import torch
     cfg, out = rf.Config(alpha=0.9, causal_clip=clip, seed=7), Path("out/causal")
     out.mkdir(parents=True, exist_ok=True)
-    world = rf.ToyWorld(cfg, rf.Options.data)                       # its VAE stays
+    world = rf.ToyWorld(cfg)                                        # its VAE stays
     clips, world.captions, *_ = draw(4242, 100)
     world.clips = torch.tensor(clips)
     run = rf.Run(cfg, out, world)
