@@ -286,12 +286,11 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + sigma_emb).unbind(3)
         h = modulate(x, shift1, scale1)
         k, v = self.self_attn.key_value(h.flatten(1, 2))                     # (B, F*N, dim)
-        keys, values = rotate(k, rope), v
+        seen = rotate(k, rope), v
         if context:
-            keys = torch.cat([context[0], keys], 1)
-            values = torch.cat([context[1], values], 1)
+            seen = [torch.cat(parts, 1) for parts in zip(context, seen)]
         # no causal mask is needed: the frames to come do not exist yet
-        x = x + gate1 * self.self_attn(h, keys, values, rope)
+        x = x + gate1 * self.self_attn(h, *seen, rope)
         x = x + self.cross_attn(self.norm3(x), *text_kv)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
         return x, (k, v)
