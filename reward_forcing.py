@@ -296,18 +296,6 @@ class Block(nn.Module):
         return x, (k, v)
 
 
-class Head(nn.Module):
-    def __init__(self, dim, out):
-        super().__init__()
-        self.head = nn.Linear(dim, out)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
-        nn.init.zeros_(self.head.weight)                             # first velocity: near zero
-
-    def forward(self, x, sigma_emb):
-        shift_scale = (self.modulation + sigma_emb).unbind(3)                # (B, F, 1, dim) each
-        return self.head(modulate(x, *shift_scale))
-
-
 # ---------------------------------------------------------------------------------- Transformer
 class VideoTransformer(nn.Module):
     """Wan2.1's text-to-video transformer (2503.20314), parameter names included. It is teacher,
@@ -325,7 +313,10 @@ class VideoTransformer(nn.Module):
         self.time_embedding = mlp(cfg.freq_dim, dim, dim, nn.SiLU())
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
-        self.head = Head(dim, cfg.channels * 4)
+        self.head = nn.Module()              # the last layer: a name for its two parts, as Wan2.1's
+        self.head.head = nn.Linear(dim, 4 * cfg.channels)
+        self.head.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+        nn.init.zeros_(self.head.head.weight)                        # first velocity: near zero
 
     def embed_text(self, text):
         """text (B, T, text_dim) -> for every layer the keys and values of its cross-attention.
@@ -359,7 +350,8 @@ class VideoTransformer(nn.Module):
             h, kv = block(h, emb6, text_kv[layer], rope, past.context[layer])
             if cache:                                                # a whole clip's would be GBs
                 cache.newest[layer] = kv
-        patches = self.head(h, emb[:, :, None, None])                        # (B, F, N, 2*2*C)
+        shift, scale = (self.head.modulation + emb[:, :, None, None]).unbind(3)
+        patches = self.head.head(modulate(h, shift, scale))                  # (B, F, N, 2*2*C)
         patches = patches.unflatten(3, (2, 2, -1)).unflatten(2, self.cfg.grid)
         return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape)
 
