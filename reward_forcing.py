@@ -689,8 +689,7 @@ def train_student(run):
         for critic_step in range(cfg.critic_ratio):
             critic_loss = 0.0
             for share in run.each_turn("critic", step, critic_step):
-                count = step * cfg.critic_ratio + critic_step
-                x, text, *_ = draw_samples(run, student, count)
+                x, text, *_ = draw_samples(run, student, step * cfg.critic_ratio + critic_step)
                 weight = weigh(run.judge(x).roll(shuffle)) if cfg.tilt else 1.0
                 loss = flow_matching_loss(critic, x, text, *run.draw_level(x), weight) * share
                 loss.backward()
