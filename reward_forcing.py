@@ -773,13 +773,13 @@ class ToyWorld:
 
     def encode(self, frames):
         """(B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) of variance about 1."""
-        patches = pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride).movedim(2, -1)
-        return ((patches - self.mean) @ self.to_latent).movedim(-1, 2)
+        patches = pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride)       # p: a patch's pixels
+        return torch.einsum("bfphw,pc->bfchw", patches - self.mean[:, None, None], self.to_latent)
 
     def decode(self, latents, past=None):
         """The inverse, as near as C components allow; past is for a VAE that has a memory."""
-        patches = latents.movedim(2, -1) @ self.to_patch + self.mean
-        return to_bytes(pixel_shuffle(patches.movedim(-1, 2), self.cfg.stride))
+        patches = torch.einsum("bfchw,cp->bfphw", latents, self.to_patch)
+        return to_bytes(pixel_shuffle(patches + self.mean[:, None, None], self.cfg.stride))
 
 
 def to_bytes(pixels):
