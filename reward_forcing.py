@@ -1183,8 +1183,8 @@ def report(run):
         "causal": stream_all(run, "causal", cfg.clip, 4),
         "student": stream_all(run, "student", cfg.clip, 4),          # from the same noise
     }
-    examples = torch.cat([video[:4, :cfg.clip] for video, _ in shown.values()])    # a row for each
-    save_pictures(run.out / "report.png", examples)
+    save_pictures(run.out / "report.png", torch.cat(                 # a row for each
+        [video[:4, :cfg.clip] for video, _ in shown.values()]))
     video, captions = stream_all(run, "student", cfg.frames)
     save_pictures(run.out / "stream.gif", video)
     shown["stream, first 60"] = video[:, :60], captions
