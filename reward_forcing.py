@@ -1797,8 +1797,6 @@ def bench(args):
     student, world, cfg = open_student(args)
     text, table = torch.zeros(1, 1, cfg.text_dim), {}
     decode = world.decode
-    print("columns: frames per second over eager's; decoded; not decoded; seconds of the first "
-          "chunk; of compiling; GB of the GPU")
 
     def climb(rung):
         if torch.cuda.is_available():
@@ -1807,8 +1805,9 @@ def bench(args):
                                               for each in (decode, decode, None))
         memory = torch.cuda.max_memory_allocated() / 1e9
         table[rung] = fps, alone, warm[0], sum(cold - warm), memory
-        print(f"{rung:14}{fps / table['eager'][0]:9.2f}",
-              *[f"{number:9.2f}" for number in table[rung]])
+        print(f"{rung}: {fps / table['eager'][0]:.2f} times as fast as eager, {fps:.2f} frames per "
+              f"second, {alone:.2f} not decoded; first chunk {warm[0]:.2f} s, compiling "
+              f"{sum(cold - warm):.2f} s, {memory:.2f} GB of the GPU")
         write_json(args.out / "bench.json", table)
     climb("eager")
     compile_student(student)
