@@ -1745,14 +1745,13 @@ def stream(args):
     check(not args.live or sys.stdout.isatty(),
           "--live needs a terminal, and this is none: leave it out, there will be a file")
     student, world, cfg = open_student(args)
-    script = {}                                                      # chunk: the prompt from there
+    script = [None] * cfg.chunks_in(cfg.frames)                      # for each chunk: a new prompt
     for frame, prompt in args.then:
-        check(frame.isdecimal() and int(frame) < cfg.frames,
-              f"--then {frame}: give a frame before the end, {cfg.frames}, and a prompt")
-        script[cfg.chunks_in(int(frame), "--then")] = prompt
-    text = world.text([args.prompt, *script.values()])[:1]           # all: refused, learned now
+        with using(f"--then {frame}", f"give a frame before the end, {cfg.frames}, and a prompt"):
+            script[cfg.chunks_in(int(frame))] = prompt
+    text = world.text([args.prompt, *filter(None, script)])[:1]      # all: refused, learned now
     start = world.encode(open_clip(args.start, cfg)).split(cfg.chunk, 1) if args.start else ()
-    check(len(start) < cfg.chunks_in(cfg.frames), "--start is all of it: raise --frames")
+    check(len(start) < len(script), "--start is all of it: raise --frames")
     if args.fp8:
         use_float8(student)
     if args.compile:
@@ -1764,7 +1763,7 @@ def stream(args):
     cache = EMASinkCache(cfg)
 
     def steer(chunk):
-        prompt = script.get(chunk)
+        prompt = script[chunk]
         if args.live and select.select([sys.stdin], [], [], 0)[0]:
             prompt = sys.stdin.readline().strip() or prompt
         if prompt is not None:
