@@ -39,7 +39,6 @@ Wan2.1 2503.20314, Muon (K. Jordan, 2024).
 import argparse
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
@@ -1134,17 +1133,20 @@ def write_webp(file, pictures):
     """Add frames to an animated WebP, which is open for writing: nothing is held. Its length is put
     right at each call, so that a stream which is stopped, even killed, leaves a file that plays."""
     box = b"".join((side - 1).to_bytes(3, "little") for side in pictures[0].size)
-    file.seek(file.seek(0, 2) or 44)                                 # to its end, behind the head
+
+    def write_head(start, form):
+        """Of the part of the file from start to its end: written last, as it holds the length."""
+        length = file.seek(0, 2) - start - 8
+        file.seek(start)
+        file.write(form % (length.to_bytes(4, "little"), box))
+
     for picture in pictures:
-        still = io.BytesIO()
-        picture.save(still, "WebP", method=0)                        # 0: fast
-        # at 0, 0; 60 ms, opaque; without a RIFF of its own
-        frame = b"\0\0\0\0\0\0" + box + b"\x3c\0\0\2" + still.getvalue()[12:]
-        file.write(b"ANMF" + len(frame).to_bytes(4, "little") + frame)
-    size = file.tell() - 8
-    file.seek(0)
-    file.write(b"RIFF%bWEBPVP8X\x0a\0\0\0\2\0\0\0%bANIM\6\0\0\0\0\0\0\0\0\0" % (
-        size.to_bytes(4, "little"), box))                            # the head: sizes and contents
+        start = file.seek(0, 2) or 44                                # 44: of the file's own head
+        file.seek(start + 12)
+        picture.save(file, "WebP", method=0)                         # 0: fast
+        # at 0, 0; 60 ms, opaque; 24 bytes, the last 12 over the RIFF with which a still begins
+        write_head(start, b"ANMF%b\0\0\0\0\0\0%b\x3c\0\0\2")
+    write_head(0, b"RIFF%bWEBPVP8X\x0a\0\0\0\2\0\0\0%bANIM\6\0\0\0\0\0\0\0\0\0")
 
 
 def show(pictures, state):
