@@ -945,15 +945,15 @@ def update(model, optimizers, progress):
     return norm.item()
 
 
-def write_safely(path, write):
-    """write(temporary path), then rename: a killed run leaves the old file or the new one."""
+def save(what, path):
+    """Write a .json, or a .pt, under another name, then rename it: a killed run leaves the old file
+    or the new one."""
     temporary = path.with_suffix(".tmp")
-    write(temporary)
+    if path.suffix == ".json":
+        temporary.write_text(json.dumps(what, indent=1))
+    else:
+        torch.save(what, temporary)
     temporary.replace(path)
-
-
-def write_json(path, numbers):
-    write_safely(path, lambda p: p.write_text(json.dumps(numbers, indent=1)))
 
 
 def load_checkpoint(path):
@@ -1079,7 +1079,7 @@ class Run:
             if bar.desc == "student":                               # the names public code reads
                 state |= zip(("generator_ema", "generator", "critic"), parts)
             if self.rank == 0:
-                write_safely(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
+                save(state, self.out / "checkpoint.pt")
                 (self.out / "log.jsonl").write_text("\n".join(map(json.dumps, state["log"])))
 
 
@@ -1195,7 +1195,7 @@ def report(run):
     for name, what in shown.items():
         rows[name] = measure(cfg.chunk, *what)
         print(f"{name:16} {rows[name]}")
-    write_json(run.out / "metrics.json", rows)
+    save(rows, run.out / "metrics.json")
 
 
 # ------------------------------------------------------------------------------------- Ablation
@@ -1237,7 +1237,7 @@ def ablate(run):
             del run.state["student"]
             train_student(run)
             done[key] = measure(base.chunk, *stream_all(run, "student", base.frames, 2))
-            write_json(path, done)
+            save(done, path)
         rows += done[key].values()
 
     # seeds, arms, measures, which have the names of any student's
@@ -1809,7 +1809,7 @@ def bench(args):
         print(f"{rung}: {fps / table['eager'][0]:.2f} times as fast as eager, {fps:.2f} frames per "
               f"second, {alone:.2f} not decoded; first chunk {warm[0]:.2f} s, compiling "
               f"{sum(cold - warm):.2f} s, {memory:.2f} GB of the GPU")
-        write_json(args.out / "bench.json", table)
+        save(table, args.out / "bench.json")
     climb("eager")
     compile_student(student)
     climb("compiled")
