@@ -1458,7 +1458,7 @@ def videoalign(folder):
     check("<|VQ_reward|>" in before and motion,
           "template.txt must have <|VQ_reward|> and then <|MQ_reward|>")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>"], special_tokens=True)
+    tokenizer.add_tokens("<|VQ_reward|> <|MQ_reward|> <|TA_reward|>".split())
     model = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=PRECISION)
     model.eval().requires_grad_(False).resize_token_embeddings(len(tokenizer))
     path, = folder.glob("checkpoint-*/model.pth")
@@ -1468,8 +1468,7 @@ def videoalign(folder):
         for name, p in torch.load(path, map_location=model.device).items()}
     for name in [name for name in state if "lora_A" in name]:        # W + alpha / r B A
         change = state.pop(name.replace("lora_A", "lora_B")) @ state.pop(name)
-        change *= told["lora_alpha"] / told["lora_r"]
-        state[name.replace("lora_A.default.", "")] += change
+        state[name.replace("lora_A.default.", "")] += told["lora_alpha"] / told["lora_r"] * change
     head = state.pop("rm_head.weight").float()
     del state["lm_head.weight"]
     model.load_state_dict(state)                                     # strict: names every misfit
@@ -1485,14 +1484,14 @@ def videoalign(folder):
         # (B pairs 2, h w, 3 14 14) -> (B pairs, h w, 3 2 14 14)
         patches = cut.pixel_values.view(len(images) // 2, 2, -1, 3, 196).movedim(1, 3)
         squares = pairs * patches.shape[1] // 4                      # of 2 x 2 patches
-        chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # Qwen2-VL's format
-                f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * squares}<|vision_end|>"
-                f"{before}{motion}")
-        ids = torch.tensor(tokenizer([chat] * len(frames)).input_ids)
+        ids = tokenizer(                                             # a chat in Qwen2-VL's format
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            f"<|im_start|>user\n<|vision_start|>{'<|video_pad|>' * squares}<|vision_end|>"
+            f"{before}<|MQ_reward|>").input_ids
         # It looks at each pair alone: here each is a video of its own. 1-D positions, as in
         # VideoAlign's training; without them Qwen2-VL makes its own 3-D ones
         states = model(
-            input_ids=ids, position_ids=torch.arange(ids.shape[1])[None],
+            torch.tensor([ids] * len(frames)), position_ids=torch.arange(len(ids))[None],
             pixel_values_videos=patches.reshape(-1, 1176),
             video_grid_thw=cut.image_grid_thw[::2]).last_hidden_state
         score = states[:, -1].float() @ head[len(head) // 2]         # its only row, or MQ's
