@@ -1522,14 +1522,13 @@ def dry_run(args, counts=(1, 8, 64)):
     # --train too calls this, for its own count and for the two configs
     cfg = replace(PRESETS["full"], **args.given)
     check(not cfg.tilt, "--tilt is for the toy: leave it out")
-    units_in("micro", args.micro, 1)
     teacher = cfg
     if args.large_teacher:
         teacher = replace(cfg, dim=5120, ffn_dim=13824, heads=40, layers=40)  # Wan2.1-T2V-14B
     with torch.device("meta"):
         trained, fixed = (sum(p.numel() for p in VideoTransformer(c).parameters())
                           for c in (cfg, teacher))
-    frame = 2 * args.micro * cfg.tokens * cfg.dim                    # bytes of its tokens in bf16
+    frame = 2 * cfg.tokens * cfg.dim                                 # bytes of its tokens in bf16
     block = 20 + 2 * cfg.ffn_dim / cfg.dim           # what it keeps of a token, in units of dim
     for count in counts:
         parts = {
@@ -1551,7 +1550,7 @@ def train(args):
     check(processes, "--train is started by torchrun, on one GPU too")
     from torch.distributed import fsdp, init_device_mesh, tensor     # late: it takes half a second
     cfg, guide = dry_run(args, [processes])
-    units_in("batch", cfg.batch, processes * args.micro)
+    units_in("batch", cfg.batch, processes)
     mesh = init_device_mesh(torch.get_default_device().type, (processes,))
     layout = mesh, [tensor.Shard(0)]
     reward = videoalign(Path(args.reward.removeprefix("videoalign:")))
@@ -1566,7 +1565,8 @@ def train(args):
         """A Run on all processes that torchrun started, each with a part of every parameter,
         gradient and moment (FSDP2). Its models start from files."""
         rank = mesh.get_rank()
-        turns = torch.arange(cfg.batch).split(args.micro)[rank::processes]
+        # a sample in each: its 33,000 tokens keep a GPU busy
+        turns = torch.arange(rank, cfg.batch, processes).split(1)
 
         def model(self, stage):
             """A model in parts. A block is put together, in bf16, while it runs. Its activations
@@ -1641,7 +1641,6 @@ class Options:
     prompts: Path                   # with --train: a text file, one prompt a line
     negative: str = ""              # with --train: what guidance leads away from
     reward: str                     # with --train: videoalign:FOLDER
-    micro: int = 1                  # with --train: samples on a GPU at a time
     out: Path = Path("out")         # folder of all that is written
     from_scratch: bool              # with --toy: train a small teacher too
 
@@ -1676,8 +1675,8 @@ USES = {                         # a command: the Options that it needs | and ma
     "stream": "prompt | compile fp8 then reread live start out",
     "full stream": "weights wan prompt | compile fp8 then reread live start vae out",
     "full bench": "| weights wan vae out",
-    "full train": "weights critic teacher wan prompts reward | large_teacher negative micro out",
-    "full dry_run": "| large_teacher micro out",
+    "full train": "weights critic teacher wan prompts reward | large_teacher negative out",
+    "full dry_run": "| large_teacher out",
 }
 
 

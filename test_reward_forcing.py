@@ -1139,8 +1139,8 @@ STEPS = ("--full --dim 24 --ffn-dim 32 --heads 2 --layers 2 --text-dim 16 --text
 TINY_TRAINED = replace(FULL, **given(STEPS, "--train"))
 
 
-def train(out, more=""):
-    assert main(f"--train {STEPS} --out {out} {more}") == 0
+def train(out):
+    assert main(f"--train {STEPS} --out {out}") == 0
 
 
 def replace_large_parts(patch):
@@ -1177,8 +1177,8 @@ def share():
     replace_large_parts(setattr)
     torch.distributed.destroy_process_group = lambda: None           # torchrun makes one only
     rf.Run.end_step = copied
-    train("whole", "--micro 2")
-    train("killed", "--micro 2")
+    train("whole")
+    train("killed")
 
 
 @fixture
@@ -1205,13 +1205,13 @@ def difference(*outs):
 
 def test_three_sharded_steps_on_two_processes_equal_one_process_with_plain_models(sharded):
     sharded.setattr("torch.distributed.fsdp.fully_shard", lambda *_, **__: None)
-    train("plain")                                                   # each sample has its turn
+    train("plain")
     assert 0 < difference("whole", "plain") < 1e-5
 
 
 def test_sharded_run_resumes_bitwise_and_on_one_process_to_rounding(sharded):
     assert difference("whole", "killed") == 0
-    train("one", "--micro 4")
+    train("one")
     assert 0 < difference("whole", "one") < 1e-5
 
 
@@ -1367,7 +1367,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
     "--dry-run --full --tilt | --tilt",
-    "--dry-run --full --micro 0 | micro=0",
+    "--dry-run --full --batch 0 | batch=0",
     "--toy --from-scratch --full | --full toy is none",
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
