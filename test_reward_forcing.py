@@ -989,14 +989,13 @@ def test_tiny_vae_decodes_by_the_code_in_its_folder(taehv):
         assert error(frames[:, -1] / 255, 0.4 * latents[:, -1, :3]) < 1 / 255
 
 
-def test_full_size_streams_and_benches(wan, taehv, graphs):
+def test_full_size_streams_and_benches(wan, taehv, graphs, capsys):
     torch.save(random_model(TINY_WAN, float32).state_dict(), "w.pt")
     for more in "--stream", "--stream --vae .":
         assert main(f"{SIZES} {more} --wan {wan} --weights w.pt --prompt panda") == 0
         assert Image.open("out/stream.webp").n_frames == 21
     assert main(f"{SIZES} --bench --wan {wan} --vae .") == 0
-    ladder = json.loads(Path("out/bench.json").read_text())
-    assert len(ladder) == 6 and all(min(rung[:3]) > 0 for rung in ladder.values())
+    assert capsys.readouterr().out.count(" times eager's; ") == 6
 
 
 # ------------------------------------------------------------------- Streams that last and live
@@ -1269,7 +1268,7 @@ def resume():
         end(run, step, **numbers)
     rf.Run.end_step = killed
     assert {main(f"--toy {TINY}") for _ in "abc"} == {130}
-    assert main("--stream --prompt red") == 2                        # its student is half trained
+    assert main("--stream --prompt red") == 0                        # as it was saved last
     assert main(f"--toy {TINY}") == 0
 
 
@@ -1347,7 +1346,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --teachr-steps 3 | --teachr-steps",
     "--toy --from-scratch --alpha 1.5 | at most 1",
     "--toy --from-scratch --clip 10 | clip=10 does not fit, it goes in steps of 3: try 9 or 12",
-    "--toy --from-scratch --height 24 | latents of [16, 8, 8]",
+    "--toy --from-scratch --height 24 | 16, 6, 8",
     "--toy --from-scratch --time-stride 2 --frames 239 | --time-stride",
     "--stream --full --prompt red --width 840 --weights x --wan . | try 832 or 848",
     "--toy --from-scratch --window 5 | --window 9",
@@ -1363,7 +1362,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --data {}/../other.npz --out new | add --from-scratch",
     "--bench --full --compile | leave out --compile: full bench",
     "--stream --prompt red --weights x | leave out --weights: stream",
-    "--toy --from-scratch --causal-clip 51 --out new | 48 frames",
+    "--toy --from-scratch --causal-clip 51 --out new | 1, 48, 16, 8, 8",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
     "--dry-run --full --tilt | --tilt",
@@ -1372,7 +1371,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
     "--train --full --weights x --critic x --teacher x --wan . --prompts x --reward x | torchrun",
-    "--stream --prompt red --full --weights x --wan . --micro 2 | leave out --micro: full stream",
+    "--stream --prompt red --full --weights x --wan . --negative x | leave out --negative: full stream",
     "--stream --prompt red --full --weights x --wan nowhere | --wan",
     "--stream | add or leave out --prompt",
     "--stream --prompt pink | yellow",
