@@ -56,10 +56,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence
 from torch import nn
-from torch.nn import attention
-from torch.nn.functional import (ScalingType, avg_pool1d, avg_pool3d, layer_norm, pad,
-                                 pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention,
-                                 scaled_mm)
+from torch.nn import attention, functional
 from torch.utils._pytree import tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
@@ -255,12 +252,12 @@ class Attention(nn.Module):
         if rope:
             q = rotate(q, rope)
         q, k, v = [torch.unflatten(t, 2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        out = scaled_dot_product_attention(q, k, v)                          # (B, H, F*N, D)
+        out = functional.scaled_dot_product_attention(q, k, v)               # (B, H, F*N, D)
         return self.o(out.transpose(1, 2).flatten(2)).view_as(x)
 
 
 def modulate(x, shift, scale):
-    return layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -323,7 +320,7 @@ class VideoTransformer(nn.Module):
         Short text is padded with zeros *before* the text layers, so padding becomes a constant
         token that is attended to, as in Wan2.1. Longer text is cut by the same call.
         """
-        text = pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
+        text = functional.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         text = self.text_embedding(text.to(self.patch_embedding.weight))
         return [block.embed_text(text) for block in self.blocks]
 
@@ -467,7 +464,7 @@ def motion_square(error):
     Like any fixed positive quadratic form it has the minimiser of the plain square, the conditional
     mean. In Re-DMD it turns the gradient g into M g, M a positive matrix: 0 where g is 0. The
     critic is trained by the plain square, as in the paper."""
-    parts = error, 2 * avg_pool3d(error, (1, 2, 2), 1)               # e, 2 a
+    parts = error, 2 * functional.avg_pool3d(error, (1, 2, 2), 1)            # e, 2 a
     return sum(mean_square(x) + 4 * mean_square(x.diff(dim=1)) for x in parts)
 
 
@@ -770,13 +767,15 @@ class ToyWorld:
 
     def encode(self, frames):
         """(B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) of variance about 1."""
-        patches = pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride)       # p: a patch's pixels
-        return torch.einsum("bfphw,pc->bfchw", patches - self.mean[:, None, None], self.to_latent)
+        patches = functional.pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride)
+        patches = patches - self.mean[:, None, None]                 # p: numbers of a patch
+        return torch.einsum("bfphw,pc->bfchw", patches, self.to_latent)
 
     def decode(self, latents, past=None):
         """The inverse, as near as C components allow; past is for a VAE that has a memory."""
         patches = torch.einsum("bfchw,cp->bfphw", latents, self.to_patch)
-        return to_bytes(pixel_shuffle(patches + self.mean[:, None, None], self.cfg.stride))
+        patches = patches + self.mean[:, None, None]
+        return to_bytes(functional.pixel_shuffle(patches, self.cfg.stride))
 
 
 def to_bytes(pixels):
@@ -869,7 +868,7 @@ def measure(chunk, video, captions, last=0):
     at_seam = torch.arange(-move.shape[1], 0) % chunk == 0           # frame -L begins a chunk
     segment = max(chunk, frames.shape[1] // 30)
     # pixels of mean 0 and variance 1: the mean of their products is a correlation
-    pixels = layer_norm(video.float(), video.shape[2:]).flatten(2)
+    pixels = functional.layer_norm(video.float(), video.shape[2:]).flatten(2)
     numbers = {
         "shape": quality == overlaps.amax(0),                        # NaN equals nothing
         "agree": agreement(centre),
@@ -881,7 +880,7 @@ def measure(chunk, video, captions, last=0):
         "area": area.std(1) / area.mean(1),                          # NaN: it is never there
         "holds": ((area / begun - 1).abs() < 0.5).cumprod(1).sum(1),
         "copy": (pixels[:, -last:] @ pixels[:, :chunk].mT).amax(2) / pixels.shape[2],
-        "drift": 100 * avg_pool1d(quality.nan_to_num(), segment).std(1, correction=0),
+        "drift": 100 * functional.avg_pool1d(quality.nan_to_num(), segment).std(1, correction=0),
     }
     # what is NaN is left out
     return {name: round(number.float().nanmean().item(), 4) for name, number in numbers.items()}
@@ -1411,8 +1410,8 @@ class Float8Linear(nn.Linear):
     """A linear layer that multiplies in 8 bits."""
     def forward(self, x):
         rows, scale = to_float8(x.flatten(0, -2))
-        by_row = ScalingType.RowWise
-        out = scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
+        by_row = functional.ScalingType.RowWise
+        out = functional.scaled_mm(rows, self.weight.T, scale, by_row, self.scale.T, by_row)
         return out.view(*x.shape[:-1], -1) + self.bias               # of the bias' type, as x is
 
 
