@@ -411,13 +411,12 @@ class EMASinkCache:
 
 # -------------------------------------------------------------------------------------- Rollout
 @torch.no_grad()
-def rollout(student, text, cfg, draw=torch.randn, chunks=sys.maxsize, steps=None,
-            cache=None, start=(), steer=None, reread=False):
-    """Yield (x0, xt) chunk by chunk: the clean latents (B, L, C, h, w) and the noisy ones that they
-    were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
+def rollout(student, text, cfg, chunks, draw=torch.randn, steps=None, cache=None, start=(),
+            steer=None, reread=False):
+    """Yield (x0, xt) for so many chunks: the clean latents (B, L, C, h, w) and the noisy ones that
+    they were predicted from. Distillation, evaluation and streaming all run this loop (2506.08009).
 
     draw      draw(B, L, C, h, w) gives noise of that shape, for every step of every chunk anew
-    chunks    how many; by default forever
     steps     denoising steps of every chunk, the first so many of cfg's; None: all
     cache     what was made before; None: nothing. The last of so many chunks is not added to it
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
@@ -638,7 +637,7 @@ def draw_samples(run, student, count):
     text = run.world.text([prompts[i] for i in picked])
     cache = EMASinkCache(cfg)
     steps = count % cfg.denoise_steps + 1
-    chunks = rollout(student, text, cfg, run.draw_noise, cfg.clip // cfg.chunk, steps, cache)
+    chunks = rollout(student, text, cfg, cfg.clip // cfg.chunk, run.draw_noise, steps, cache)
     x, noisy = (torch.cat(part, 1) for part in zip(*chunks))
     sigma = cfg.sigmas[steps - 1].expand(x.shape[:2])
     return x, text, noisy, sigma, cache.updates
@@ -1101,7 +1100,7 @@ def play(student, decode, text, frames, finish, **others):
     set_seed(cfg.seed, "stream")
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(int)                                    # nothing to wait for yet
-        for x0, _ in rollout(student, text, cfg, chunks=cfg.chunks_in(frames), **others):
+        for x0, _ in rollout(student, text, cfg, cfg.chunks_in(frames), **others):
             done.result()
             beside.wait_stream(device.current_stream())              # until x0 is made
             done = thread.submit(job, x0)

@@ -251,7 +251,7 @@ def test_steered_stream_equals_a_plainly_written_one_with_a_hand_written_ema(cha
     start = [*noise[7, :started]]
     script = {1: model.embed_text(text + 1), 4: model.embed_text(-text)}
     cache, draw = EMASinkCache(cfg), drawing(noise[started:])
-    fast = rollout(model, text, cfg, draw, 7, cfg.denoise_steps, cache, start, script.get, reread)
+    fast = rollout(model, text, cfg, 7, draw, cfg.denoise_steps, cache, start, script.get, reread)
     slow = slow_rollout(model, text, cfg, noise, start, script, reread)
     for (ours, _), plain in zip(fast, slow):
         assert error(ours, plain) < 2e-5 * plain.abs().max()         # the sink is float32
@@ -439,7 +439,7 @@ def test_golden_stream(golden, name, spy):
         cfg, source = replace(cfg, alpha=1.0), "stream"              # the same noise
     x0, noise = a[name + ".x0"].split(cfg.chunk, 1), recorded_noise(a, source, cfg)
     cache, passes, sinks = EMASinkCache(cfg), spy(VideoTransformer, "forward"), ()
-    chunks = rollout(model, a["ctx"][:len(x0[0])], cfg, drawing(noise), len(x0), cache=cache)
+    chunks = rollout(model, a["ctx"][:len(x0[0])], cfg, len(x0), drawing(noise), cache=cache)
     for n, (made, _) in enumerate(chunks):
         assert error(made, x0[n]) < 5e-5
         if n:
@@ -467,7 +467,7 @@ def golden_training(golden, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(rf, "remember", remember_noised)
         draw = drawing(recorded_noise(a, "train", cfg)[:, :steps])
-        parts = zip(*rollout(model, a["ctx"][:1], cfg, draw, len(noise), steps))
+        parts = zip(*rollout(model, a["ctx"][:1], cfg, len(noise), draw, steps))
     x0, noisy = (cat(part, 1) for part in parts)
     assert error(x0, a["train.x0"]) < 1e-5
     clean = add_noise(x0, cat([*noise], 1), least)
@@ -938,7 +938,7 @@ def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
         model.load_state_dict(state)
         if name == "fp8":
             rf.use_float8(model)
-        chunks = rollout(model, text, cfg, drawing(noise), 5)
+        chunks = rollout(model, text, cfg, 5, drawing(noise))
         videos[name] = stack([x0 for x0, _ in chunks])
     for other in "bfloat16", "float32":
         off = (videos["fp8"] - videos[other]).flatten(1).norm(dim=1)
