@@ -1759,7 +1759,7 @@ def stream(args):
         prompt = script[chunk]
         if args.live and select.select([sys.stdin], [], [], 0)[0]:
             prompt = sys.stdin.readline().strip() or prompt
-        if prompt is not None:
+        if prompt:
             bar.desc = prompt
             try:
                 return student.embed_text(world.text([prompt]))
