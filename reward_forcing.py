@@ -238,7 +238,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, dim = cfg.heads, cfg.dim
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in "qkvo")
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=1e-6) for _ in "qk")     # over all heads
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, 1e-6) for _ in "qk")         # over all heads
         # equal biases: under RoPE, at first, attend to near tokens
         self.k.bias.data.copy_(nn.init.normal_(self.q.bias))
 
@@ -246,12 +246,12 @@ class Attention(nn.Module):
         """What others see of x (B, T, dim)."""
         return self.norm_k(self.k(x)), self.v(x)
 
-    def forward(self, x, k, v, rope=None):
-        """What x (B, F, N, dim) sees in k and v (B, T, dim); rope turns its queries."""
+    def forward(self, x, kv, rope=None):
+        """What x (B, F, N, dim) sees in keys and values (B, T, dim); rope turns its queries."""
         q = self.norm_q(self.q(x)).flatten(1, 2)
         if rope:
             q = rotate(q, rope)
-        q, k, v = [torch.unflatten(t, 2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        q, k, v = [torch.unflatten(t, 2, (self.heads, -1)).transpose(1, 2) for t in (q, *kv)]
         out = functional.scaled_dot_product_attention(q, k, v)               # (B, H, F*N, D)
         return self.o(out.transpose(1, 2).flatten(2)).view_as(x)
 
@@ -267,7 +267,7 @@ class Block(nn.Module):
         dim = cfg.dim
         self.self_attn = Attention(cfg)
         self.cross_attn = Attention(cfg)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm3 = nn.LayerNorm(dim, 1e-6)
         self.ffn = mlp(dim, cfg.ffn_dim, dim, nn.GELU("tanh"))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
         self.modulation.data[:, [2, 5]] += 0.3                       # gates: branches start open
@@ -286,8 +286,8 @@ class Block(nn.Module):
         if context:
             seen = [torch.cat(parts, 1) for parts in zip(context, seen)]
         # no causal mask is needed: the frames to come do not exist yet
-        x = x + gate1 * self.self_attn(h, *seen, rope)
-        x = x + self.cross_attn(self.norm3(x), *text_kv)
+        x = x + gate1 * self.self_attn(h, seen, rope)
+        x = x + self.cross_attn(self.norm3(x), text_kv)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2))
         return x, (k, v)
 
@@ -744,6 +744,7 @@ class ToyWorld:
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
+            self.mean = self.mean[:, None, None]
             frames = max(cfg.clip, cfg.causal_clip)
             # refused now: latents of another size, or too few
             self.encode(self.clips[:1, :cfg.time_stride * frames]).expand(1, frames, *cfg.latent)
@@ -766,14 +767,13 @@ class ToyWorld:
 
     def encode(self, frames):
         """(B, F, 3, height, width) uint8 -> latents (B, F, C, h, w) of variance about 1."""
-        patches = functional.pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride)
-        patches = patches - self.mean[:, None, None]                 # p: numbers of a patch
+        # p: the numbers of a patch
+        patches = functional.pixel_unshuffle(frames / 127.5 - 1, self.cfg.stride) - self.mean
         return torch.einsum("bfphw,pc->bfchw", patches, self.to_latent)
 
     def decode(self, latents, past=None):
         """The inverse, as near as C components allow; past is for a VAE that has a memory."""
-        patches = torch.einsum("bfchw,cp->bfphw", latents, self.to_patch)
-        patches = patches + self.mean[:, None, None]
+        patches = torch.einsum("bfchw,cp->bfphw", latents, self.to_patch) + self.mean
         return to_bytes(functional.pixel_shuffle(patches, self.cfg.stride))
 
 
@@ -1374,8 +1374,8 @@ def compile_student(student):
 
 def fastest_attention(cfg):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Prints and returns {name: seconds} of those that are there. Graphs are
-    made anew, for the kernel is a part of them."""
+    a chunk in a full window. Prints {name: seconds} of those that are there. Graphs are made anew,
+    for the kernel is a part of them."""
     k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=PRECISION)
     q = k[:, :, :cfg.chunk * cfg.tokens]
     timer = Timer("torch.nn.functional.scaled_dot_product_attention(q, k, k)", globals=locals())
@@ -1396,7 +1396,6 @@ def fastest_attention(cfg):
     choose(min(times, key=times.get))
     torch.compiler.reset()
     print(f"seconds of an attention: {times}")
-    return times
 
 
 def to_float8(x):
@@ -1642,7 +1641,7 @@ class Options:
 def units_in(name, value, unit, missing=0):
     """How many units make value, which is `missing` short of them; BadInput unless they do."""
     count, rest = divmod(value + missing, unit)
-    below = max(1, count) * unit - missing
+    below = max(value - rest, unit - missing)
     check(rest == 0 < count,
           f"{name}={value} does not fit, it goes in steps of {unit}: try {below} or {below + unit}")
     return count
@@ -1676,7 +1675,7 @@ USES = {                         # a command: the Options that it needs | and ma
 
 def parse(argv):
     """The Options that a command line tells; BadInput if its command does not take them."""
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.error = functools.partial(check, False)
     commands = parser.add_mutually_exclusive_group(required=True)
     for command in toy, stream, bench, train, dry_run:

@@ -948,11 +948,12 @@ def test_fp8_stream_errs_by_2_percent_and_no_more_as_it_goes_on(capsys):
         assert 0.005 < off.min() and off.max() < 0.02
 
 
-def test_attention_is_by_the_fastest_kernel(monkeypatch):
+def test_attention_is_by_the_fastest_kernel(monkeypatch, capsys):
     seconds = iter([2.0, 1.0])
     timer = SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=next(seconds)))
     monkeypatch.setattr(rf, "Timer", lambda *_, **__: timer)
-    assert rf.fastest_attention(SMALL) == {"flash": 2, "cudnn": 1}
+    rf.fastest_attention(SMALL)
+    assert str({"flash": 2.0, "cudnn": 1.0}) in capsys.readouterr().out
     assert not torch.backends.cuda.flash_sdp_enabled()
 
 
@@ -1362,7 +1363,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --data {}/../other.npz --out new | add --from-scratch",
     "--bench --full --compile | leave out --compile: full bench",
     "--stream --prompt red --weights x | leave out --weights: stream",
-    "--toy --from-scratch --causal-clip 51 --out new | 1, 48, 16, 8, 8",
+    "--toy --from-scratch --causal-clip 51 --out new | 48, 16, 8",
     "--toy --from-scratch --chunk 1 --out new | --chunk 2",
     "--toy --from-scratch --clip 3 --out new | more than a chunk",
     "--dry-run --full --tilt | --tilt",
@@ -1371,7 +1372,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --data nowhere.npz | nowhere.npz",
     "--toy --from-scratch --out /dev/null/x | /dev/null/x",
     "--train --full --weights x --critic x --teacher x --wan . --prompts x --reward x | torchrun",
-    "--stream --prompt red --full --weights x --wan . --negative x | leave out --negative: full stream",
+    "--stream --prompt red --full --weights x --wan . --critic x | leave out --critic: full stream",
     "--stream --prompt red --full --weights x --wan nowhere | --wan",
     "--stream | add or leave out --prompt",
     "--stream --prompt pink | yellow",
