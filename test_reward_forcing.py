@@ -1348,7 +1348,7 @@ def test_live_stream_in_a_terminal_is_seen_steered_and_stopped(trained):
     "--toy --from-scratch --alpha 1.5 | at most 1",
     "--toy --from-scratch --clip 10 | clip=10 does not fit, it goes in steps of 3: try 9 or 12",
     "--toy --from-scratch --height 24 | 16, 6, 8",
-    "--toy --from-scratch --time-stride 2 --frames 239 | --time-stride",
+    "--toy --from-scratch --time-stride 2 --frames 239 | existing size (36)",
     "--stream --full --prompt red --width 840 --weights x --wan . | try 832 or 848",
     "--toy --from-scratch --window 5 | --window 9",
     "--toy --from-scratch --chunk 0 | chunk=0",
