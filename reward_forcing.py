@@ -22,8 +22,8 @@ and attends, through a cache of keys and values, to the frames it made before. T
 
 What each flag means is said in class Config, the numbers of the method, and class Options.
 Read from top to bottom. "Config" to "Training stages" is the method; where it departs from the
-paper, it says so. What follows is the toy's world, the plumbing (how a batch is drawn is in class
-Run), and what the full size needs around the same classes.
+paper, it says so, and the README has a table of it. What follows is the toy's world, the plumbing
+(how a batch is drawn is in class Run), and what the full size needs around the same classes.
 
     B batch      F frames      L frames per chunk     S sink frames
     W frames in the attention window: the sink, recent frames and the current chunk
@@ -33,8 +33,9 @@ The time convention: sigma in [0, 1] is the noise level and 1 is pure noise.
     xt = (1 - sigma) x0 + sigma noise         the model predicts the velocity  v = noise - x0
     x0 = xt - sigma v                         (functions add_noise and predict_x0)
 
-Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2 2405.14867,
-Wan2.1 2503.20314, Muon (K. Jordan, 2024).
+Papers: Reward Forcing 2512.04678, Self Forcing 2506.08009, DMD 2311.18828, DMD2 (more critic
+updates than student updates) 2405.14867, VideoAlign 2501.13918, Wan2.1 2503.20314, Muon (K. Jordan,
+2024).
 """
 import argparse
 import contextlib
@@ -67,15 +68,15 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Config:
     """The numbers of the method. Every field is a flag: text_dim is --text-dim; ode, which is
-    true or false, is --ode and --no-ode. A field stands after the one that it must be a multiple
-    of, so that this one is checked first."""
+    true or false, is --ode and --no-ode. A field that must be a multiple of another stands after
+    it: the other one is checked first."""
     # the transformer
     heads: int = 6                  # H
     dim: int = 96                   # width
     ffn_dim: int = 256              # width inside the feed-forward layers
     layers: int = 12                # transformer blocks
     freq_dim: int = 64              # sinusoids that encode the noise level
-    rope_base: float = 10.0         # RoPE wavelengths: 2 pi to nearly 2 pi rope_base positions
+    rope_base: float = 10.0         # RoPE wavelengths: from 2 pi up, below 2 pi rope_base positions
     text_dim: int = 32              # features per text token; in the toy: most words it can know
     text_len: int = 4               # text tokens, padding included
     channels: int = 16              # C
@@ -88,7 +89,8 @@ class Config:
     chunk: int = 3                  # L
     sink: int = 3                   # S, 0 for none; 3 = L: the first chunk, which was made at once
     window: int = 9                 # W
-    alpha: float = 0.999            # what the sink keeps at an update; 1 is a static sink
+    alpha: float = 0.999            # what the sink keeps at an update, as in the public code (in
+                                    # the paper .99); 1 is a static sink
     denoise_steps: int = 4          # per chunk
     sigma_shift: float = 3.0        # bends the noise schedule towards noise
     # training
@@ -198,7 +200,7 @@ def predict_x0(model, xt, sigma, text_kv, cache=None):
 
 # --------------------------------------------------------------------------------------- Layers
 def waves_of(position, count, base):
-    """Cosines and sines of position (...) at `count` frequencies from 1 down to nearly 1 / base:
+    """Cosines and sines of position (...) at frequencies base^-(i / count), i = 0 ... count - 1:
     two of (..., count), float64."""
     exponent = torch.arange(count).double() / count
     angles = position[..., None] * base ** -exponent
@@ -372,11 +374,12 @@ class EMASinkCache:
 
         sink <- alpha sink + (1 - alpha) leaving        for keys and for values   (EMA-Sink)
 
-    The sink starts as the first S frames; frame f goes to slot f mod S, so that each slot is
-    fed by every S-th frame; with S = L chunk is folded into chunk. alpha = 1 is a static sink.
+    The sink starts as the first S frames; frame f goes to slot f mod S: each slot is fed by
+    every S-th frame. With S = L, frame i of a chunk goes to slot i. alpha = 1 is a static sink.
     All is kept in float32: in bf16 an update of the sink with alpha = .999 mostly rounds away.
     Keys are averaged after their norm and before RoPE; they are rotated when the window is laid
-    out, so positions never grow and a stream never ends. Only train_causal sends gradient there.
+    out, so positions never grow and a stream never ends. Gradient flows through the cache in
+    train_causal alone.
     """
     def __init__(self, cfg):
         self.cfg = cfg
@@ -422,7 +425,7 @@ def rollout(student, text, cfg, chunks, draw=torch.randn, steps=None, cache=None
     start     clean chunks (B, L, C, h, w) in place of the first ones; the stream goes on from them
     steer     steer(index) is asked before every chunk but the first for new text, embedded by the
               student, that holds from this chunk on; None: no change
-    reread    at such a change: the chunk before is remembered under the new text, not under its own
+    reread    at such a change the newest chunk is remembered under the new text, not under its own
     """
     cache = cache or EMASinkCache(cfg)
     text_kv = student.embed_text(text)
@@ -451,15 +454,16 @@ def remember(student, x0, text_kv, cache):
 
 # --------------------------------------------------------------------------------------- Losses
 def mean_square(error):
-    """(B, ...) -> (B,)"""
+    """Of all but the batch: (B, ...) -> (B,)."""
     return error.square().flatten(1).mean(1)
 
 
 def motion_square(error):
     """A square of error (B, F, C, h, w) that counts first where things are and how they move: (B,).
 
-    With e the error and a its averages over 2 x 2 latent pixels, it is the mean of
-        e^2 + (2 a)^2 + 4 (e[t+1] - e[t])^2 + 4 (2 a[t+1] - 2 a[t])^2        t: the frames given
+    With e the error and a its averages over all 2 x 2 windows of latent pixels, which overlap:
+        mean e^2 + mean (2 a)^2 + 4 mean (e[t+1] - e[t])^2 + 4 mean (2 a[t+1] - 2 a[t])^2
+    where t are the frames given. 2 a is as loud as e where errors of neighbours have no relation.
     Like any fixed positive quadratic form it has the minimiser of the plain square, the conditional
     mean. In Re-DMD it turns the gradient g into M g, M a positive matrix: 0 where g is 0. The
     critic is trained by the plain square, as in the paper."""
@@ -496,7 +500,7 @@ def dmd_gradient(x, x0_real, x0_fake):
     return (x0_fake - x0_real) / normaliser
 
 
-def regression_loss(x0, target, weight=1.0, norm=mean_square):
+def regression_loss(x0, target, weight, norm):
     """1/2 mean of weight (x0 - target)^2, weight (B,). With target = stopgrad(x0 - g) this is the
     loss of Re-DMD: its slope in x0 is weight g / numel, or in another norm weight M g / numel."""
     return (weight * norm(x0 - target)).mean() / 2
@@ -506,10 +510,10 @@ class RewardWeight(nn.Module):
     """weight = exp(reward / beta), one per sample (B,): the paper's; beta = inf is plain DMD.
 
     Divided by its running mean, which is not in the paper: the size of a step shall not depend on
-    the general size of the rewards. By the mean of its own small batch a great weight would mostly
-    cancel itself; in the running mean a batch counts a twentieth. There is one mean for all exit
-    steps: batches that stop late, which are sharper and move more, weigh more, as far as the
-    clipping of gradients lets them.
+    the general size of the rewards. Not by the mean of its own small batch, in which a great weight
+    would mostly cancel itself: in the running mean a batch counts a twentieth, but for the first.
+    There is one mean for all exit steps. Batches that stop late are sharper and move more, so they
+    weigh more, as far as the clipping of gradients lets them.
     """
     def __init__(self, beta):
         super().__init__()
@@ -526,6 +530,12 @@ class RewardWeight(nn.Module):
 # run (class Run) has the config, the world's clips and captions, and the models that earlier stages
 # made; its draw_... functions are where clips and noise come from. run.stage counts the steps
 # that a stage has left, after a kill from what was saved last; run.end_step logs and saves.
+# At full size a batch is computed sample by sample, on many GPUs: run.each_turn goes through the
+# turns of this process, each with its samples, run.own, and run.judge has the rewards of all
+# processes. In the toy there is one turn, with all samples. The noise levels of a clip:
+#     teacher          any level; in half of the clips one for each frame
+#     causal student   one of the four that it streams with, for each chunk
+#     critic, judging  any level but the ends, one for the whole clip
 def train_teacher(run):
     """Stage 1: flow matching on clips, sometimes without caption. All frames see each other."""
     cfg = run.cfg
@@ -563,7 +573,7 @@ def teacher_trajectory(teacher, noise, text, cfg):
     return torch.stack(path[::cfg.sample_steps // cfg.denoise_steps])
 
 
-def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=mean_square,
+def regress(student, text, cfg, noisy, sigma, clean, target, norm, weight=1.0,
             through_context=False):
     """Add to the student's gradients those of regression_loss: the x0 prediction of every noisy
     chunk against its target, the context being the clean chunks before it. Returns the loss.
@@ -591,13 +601,13 @@ def regress(student, text, cfg, noisy, sigma, clean, target, weight=1.0, norm=me
 
 def train_causal(run):
     """Stage 2: the teacher becomes the causal student. Chunk by chunk, clean frames in its cache,
-    it learns to predict x0 from any of its four noise levels; every chunk has a level of its own.
+    it learns to predict x0 from any of the student's four noise levels; every chunk has its own.
 
-    The paper regresses the ends of the teacher's trajectories, from points on them. (So does --ode,
-    but for the norm and the gradient through the context; clips give it only their text.) But where
-    a trajectory leads depends on the noise of *later* frames, which a causal student cannot
-    see: it learns the mean of many videos, in which things slow down (2602.02214). So here it sees
-    noised data instead, where what comes next follows from what was.
+    The paper regresses the ends of the teacher's trajectories, from points on them. --ode does so
+    too, but with this norm and with gradient through the context; it takes only the text of clips.
+    But where a trajectory leads depends on the noise of *later* frames, which a causal student
+    cannot see: it learns the mean of many videos, in which things slow down (2602.02214). So here
+    it sees noised data instead, where what comes next follows from what was.
 
     The gradient also goes through the clean passes, so that it learns what of a frame to remember.
     In Re-DMD, as in the paper, it does not.
@@ -631,7 +641,8 @@ def draw_samples(run, student, count):
     """The student's clips x (n, F, C, h, w), all stopped at one denoising step; their text; the
     noisy frames they were predicted from; that step's sigma (n, F); how many frames were folded.
 
-    In the paper the step is random. Here they take turns by count: each is trained as often."""
+    In the paper the step is random. Here they take turns by count, how many updates there were
+    before, the critic's and the student's each by their own: each step is trained as often."""
     cfg, prompts = run.cfg, run.world.prompts
     picked = torch.randint(len(prompts), (cfg.batch,))[run.own]
     text = run.world.text([prompts[i] for i in picked])
@@ -706,8 +717,8 @@ def train_student(run):
                 x0_fake = predict_x0(critic, xt, sigma, critic.embed_text(text))
             target = x - dmd_gradient(x, x0_real, x0_fake)
             factor = 1.0 if cfg.tilt else weight[run.own]
-            loss += regress(student, text, cfg, noisy, exit_sigma, x, target, factor * share,
-                            mean_square if cfg.plain_norm else motion_square)
+            loss += regress(student, text, cfg, noisy, exit_sigma, x, target,
+                            mean_square if cfg.plain_norm else motion_square, factor * share)
             gap += (x0_real - x0_fake).abs().mean() * share
         grad_norm = update(student, student_optimizers, progress)
         keep = cfg.weight_ema * (step >= cfg.ema_start)              # 0 at first: a copy
@@ -738,8 +749,9 @@ class ToyWorld:
     """
     def __init__(self, cfg):
         self.cfg = cfg
-        with using(cfg.data, "change the flags (--height, --width, --stride, --time-stride, "
-                   "--channels, --clip, --causal-clip, --text-dim) or make another by make.py"):
+        with using(cfg.data, "give another world, made by make.py, or change the flags (--height, "
+                   "--width, --stride, --time-stride, --channels, --clip, --causal-clip, "
+                   "--text-dim)"):
             file = np.load(TINY_DATA / cfg.data)
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
@@ -1212,9 +1224,10 @@ def ablate(run):
     stream it.
 
     Prints means over seeds, and means of the differences from Re-DMD with the same seed, with
-    standard errors. What Re-DMD gains is what "rewards shuffled" has less: there the weights are
-    as uneven, but blind. ablation.json holds each student's numbers, by its whole config: one
-    that is there is not trained again, so a killed ablation goes on.
+    standard errors. What Re-DMD gains is what "rewards shuffled" has less: there the weights are as
+    uneven, but blind. Other flags hold in all arms, but for what an arm sets. ablation.json holds
+    each student's numbers, by its whole config: one that is there is not trained again, so a killed
+    ablation goes on.
     """
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
@@ -1321,9 +1334,9 @@ class WanWorld:
         return nn.utils.rnn.pad_sequence([self.features[p] for p in prompts], batch_first=True)
 
     def compile(self):
-        """Two graphs, for a memory laid out by the first chunk, which is not compiled, and by these
-        graphs; or one, where both are laid out alike. They are traced in play's thread, which has
-        no default device: under one the library's code cannot be."""
+        """At most two graphs. The first chunk is not compiled and may leave its memory in another
+        layout than compiled chunks do; each layout has a graph. They are traced in play's thread,
+        which has no default device: under one the library's code cannot be."""
         nn.utils.convert_conv3d_weight_memory_format(self.vae, torch.channels_last_3d)
         self.vae.decoder.compile(fullgraph=True, dynamic=False)
 
@@ -1335,7 +1348,7 @@ class WanWorld:
         """
         z = (latents * self.std + self.mean).transpose(1, 2).to(PRECISION)
         decoder = self.vae.decoder if past else self.vae.decoder.forward     # this: not compiled
-        memory = past.setdefault("memory", [None] * 99)              # one a convolution, and more
+        memory = past.setdefault("memory", [None] * 99)              # more than it has convolutions
         pixels = [decoder(frame, feat_cache=memory, feat_idx=[0])
                   for frame in self.vae.post_quant_conv(z).split(1, 2)]
         return to_bytes(torch.cat(pixels, 2).transpose(1, 2))
@@ -1374,8 +1387,8 @@ def compile_student(student):
 
 def fastest_attention(cfg):
     """From here on attend by the fastest of torch's kernels, or of FA3 and FA4 where installed, for
-    a chunk in a full window. Prints {name: seconds} of those that are there. Graphs are made anew,
-    for the kernel is a part of them."""
+    a chunk in a full window. Prints {name: seconds}; torch may take another where cuDNN is not
+    there. Graphs are made anew, for the kernel is a part of them."""
     k = torch.randn(1, cfg.heads, cfg.window * cfg.tokens, cfg.head_dim, dtype=PRECISION)
     q = k[:, :, :cfg.chunk * cfg.tokens]
     timer = Timer("torch.nn.functional.scaled_dot_product_attention(q, k, k)", globals=locals())
@@ -1610,7 +1623,7 @@ def train(args):
 
 # --------------------------------------------------------------------------------- Command line
 class Options:
-    """With which files, and how. Every field with a type is a flag, as in Config; what is neither
+    """With which files, and how. Every field is a flag, as in Config; what is neither
     told nor given a value here is None. What main hands to a command has two more: command, that
     function, and given, {Config field: value}."""
     ablate: bool                    # with --toy: both ideas against their controls
@@ -1658,8 +1671,9 @@ PRESETS = {
         stride=8, time_stride=4,             # of Wan2.1's VAE
         sigma_shift=5.0,
         frames=477, clip=21, batch=64, guidance=3.0,
-        distill_steps=120, critic_ratio=5,   # the public trainer counts critic updates, 600, and
-        weight_ema=0.99, ema_start=40,       # starts the average at 200
+        # the public trainer counts critic updates: 600 of them, and 200 before it averages
+        distill_steps=120, critic_ratio=5,
+        weight_ema=0.99, ema_start=40,
         plain_norm=True, adamw=True, student_lr=2e-6, critic_lr=4e-7),
 }
 
@@ -1675,7 +1689,7 @@ USES = {                         # a command: the Options that it needs | and ma
 
 def parse(argv):
     """The Options that a command line tells; BadInput if its command does not take them."""
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.error = functools.partial(check, False)
     commands = parser.add_mutually_exclusive_group(required=True)
     for command in toy, stream, bench, train, dry_run:

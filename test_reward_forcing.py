@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import reward_forcing as rf
 from reward_forcing import (BadInput, EMASinkCache, PRESETS, RewardWeight, VideoTransformer,
                             WanWorld, add_noise, draw_samples, flow_matching_loss, measure,
-                            motion_reward, predict_x0, regress, regression_loss, rollout,
-                            rope_table, rotate)
+                            mean_square, motion_reward, predict_x0, regress, regression_loss,
+                            rollout, rope_table, rotate)
 
 parametrize = mark.parametrize
 HERE = Path(__file__).parent
@@ -299,8 +299,8 @@ def test_regress_gives_the_gradients_of_one_graph(recomputed, through):
     whole = torch.autograd.grad(loss, [*student.parameters()])
     for block in student.blocks if recomputed else ():               # as FullRun does it
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    total = regress(student, text, SMALL, noisy, sigma, clean, target, weight,
-                    through_context=through)
+    total = regress(student, text, SMALL, noisy, sigma, clean, target, mean_square,
+                    weight, through)
     assert abs(total - loss) < 1e-10
     assert all(error(p.grad, grad) < 1e-10 for p, grad in zip(student.parameters(), whole))
 
@@ -316,7 +316,7 @@ def test_memory_of_regress_does_not_grow_with_the_clip():
         counts.append(len(alive))
         return kept
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept()):
-        regress(student, random_text(SMALL), SMALL, x, ones(1, 24), x, target=x)
+        regress(student, random_text(SMALL), SMALL, x, ones(1, 24), x, x, mean_square)
     assert max(counts) == len(counts) / 8                            # what one chunk of 8 saves
 
 
@@ -351,7 +351,7 @@ def test_training_ends_at_the_teacher_and_only_a_tilted_critic_moves_the_end(stu
         fake = denoise(xt, sigma, mean, torch.cov(x[:, 0], aweights=weight))
         real = denoise(xt, sigma, 0.0, variance)
         made = x.clone().requires_grad_()
-        regression_loss(made, x - (fake - real), weigh(x[:, 0])).backward()
+        regression_loss(made, x - (fake - real), weigh(x[:, 0]), mean_square).backward()
         x = x - 0.1 * (1 - step / steps) * len(x) * made.grad
     assert abs(x.mean() - variance / critic_beta) < 0.05             # of teacher * exp(x / beta)
     assert abs(x.var() - variance) < 0.05
@@ -483,7 +483,7 @@ def relative_errors(a, model):
 
 def test_golden_training_rollout_and_its_gradients_through_a_leaky_cache(golden_training):
     a, inputs = golden_training
-    loss = regression_loss(one_graph(*inputs, leaky=True), 0)
+    loss = regression_loss(one_graph(*inputs, leaky=True), 0, 1, mean_square)
     assert abs(loss / a["train.loss"] - 1) < 1e-5
     loss.backward()
     assert max(relative_errors(a, inputs[0]).values()) <= 1e-5
@@ -491,7 +491,7 @@ def test_golden_training_rollout_and_its_gradients_through_a_leaky_cache(golden_
 
 def test_golden_departure_here_the_context_carries_no_gradient(golden_training):
     a, inputs = golden_training
-    loss = regress(*inputs, target=0 * inputs[3])
+    loss = regress(*inputs, 0 * inputs[3], mean_square)
     assert abs(loss / a["train.loss"] - 1) < 1e-5                    # the same frames
     keys_and_values = [wrong for name, wrong in relative_errors(a, inputs[0]).items()
                        if "self_attn.k." in name or "self_attn.v." in name]
@@ -514,7 +514,7 @@ def test_golden_redmd_and_critic(golden):
     assert error(g, grad) < 1e-5 * grad.abs().max()
     weight = RewardWeight(1 / beta.item())(mq) * exp(beta * mq).mean()
     made = x.clone().requires_grad_()
-    loss = regression_loss(made, x - g, weight)
+    loss = regression_loss(made, x - g, weight, mean_square)
     loss.backward()
     assert abs(loss / a["redmd.loss"].mean() - 1) < 1e-5             # recorded one call a sample
     for ours, slope in zip(2 * made.grad, slopes):
@@ -529,7 +529,7 @@ def test_golden_departure_the_public_code_weights_the_batch_by_the_reward_of_sam
         "x0", "grad", "mq", "beta", "official_b2_loss"))
 
     def off(reward):
-        loss = regression_loss(x, x - grad, exp(beta * reward))
+        loss = regression_loss(x, x - grad, exp(beta * reward), mean_square)
         return abs(loss / official - 1)
     assert off(mq[:1]) < 1e-5 and off(mq) > 0.01
 
@@ -661,7 +661,7 @@ def test_samples_stop_at_every_step_and_follow_from_their_noisy_frames():
     student = run.model("causal")
     for count in range(4):
         x, text, noisy, sigma, _ = draw_samples(run, student, count)
-        assert regress(student, text, run.cfg, noisy, sigma, x, target=x) < 1e-8
+        assert regress(student, text, run.cfg, noisy, sigma, x, x, mean_square) < 1e-8
         assert (sigma == run.cfg.sigmas[count]).all()
 
 

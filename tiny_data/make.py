@@ -1,8 +1,8 @@
 """Draws the toy's world: 12 captions x 10 clips of one coloured shape that moves and bounces on a dark ground.
 
-    python tiny_data/make.py [world.npz]                    # seconds; the same every time
-    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.pt (needs torch)
-    python tiny_data/make.py causal 18                      # into it, a causal student trained in clips of 18 frames
+    python tiny_data/make.py                                # tiny_data/world.npz, or the file that is named; the same every time
+    python tiny_data/make.py pack big/checkpoint.pt out/checkpoint.pt    # trained stages as shipped.pt; the last has precedence
+    python tiny_data/make.py causal 18                      # into shipped.pt, a causal student trained in clips of 18 frames
 
 world.npz holds clips (120, 48, 3, 32, 32) uint8, captions, the true speed (px per frame) and size (px) of each, and the toy's
 VAE: mean (48,), encode (48, 16) and decode (16, 48) between pixel patches of 4 x 4 and latents. What things are for:
