@@ -100,6 +100,7 @@ def error(a, b):
 
 
 JOBS = {
+    "compared": [__file__, "compare"],
     "drawn": [HERE / "tiny_data/make.py", "w.npz"],
     "trained": [HERE / "reward_forcing.py", "--toy", *TINY.split()],
     "resumed": [__file__, "resume"],
@@ -778,27 +779,41 @@ def test_nan_stops_the_run_names_the_step_and_is_not_saved(monkeypatch, capsys):
     assert torch.load("out/checkpoint.pt")["teacher"]["step"] == 1
 
 
-def test_ablation_trains_every_arm_once_with_its_own_change(monkeypatch, capsys):
-    arms, train, seeds = [], rf.train_student, (100, 101)
+ABLATION = (f"{TINY} --batch 2 --clip 6 --frames 6 --teacher-steps 1 --causal-steps 1 "
+            "--distill-steps 1")
 
-    def counted(run):
-        arms.append(run.cfg)
+
+def compare():
+    """An ablation of two seeds, and again when there is nothing left to train. Prints the config
+    with which train_student is called, too."""
+    train = rf.train_student
+
+    def told(run):
+        print(run.cfg)
         train(run)
-    monkeypatch.setattr(rf, "train_student", counted)
-    monkeypatch.setattr(rf, "SEEDS", seeds)
-    line = (f"--toy --ablate {TINY} --batch 2 --clip 6 --frames 6 --teacher-steps 1 "
-            "--causal-steps 1 --distill-steps 1")
-    assert main(line) == 0
+    rf.train_student, rf.SEEDS = told, (100, 101)
+    sys.stdout = open("printed", "w")
+    for _ in "ab":
+        assert main(f"--toy --ablate {ABLATION}") == 0
+
+
+@fixture
+def compared(jobs):
+    return ended(jobs, "compared")
+
+
+def test_ablation_trains_every_arm_once_with_its_own_change(compared):
+    base = replace(TOY, **given(ABLATION))
     changes = ("", "--beta inf", "--shuffle", "--tilt", "--tilt --shuffle", "--plain-norm",
                "--alpha 1", "--sink 0", "--distill-steps 1 --student-lr 1e-12")
-    base, *trained = arms
-    assert trained == [replace(base, seed=seed, **given(change))
-                       for seed in seeds for change in changes]
-    assert main(line) == 0 and arms == [base, *trained, base]        # which has no step to go
-    done = json.loads(Path("out/ablation.json").read_text())
+    arms = [replace(base, seed=seed, **given(change)) for seed in (100, 101) for change in changes]
+    printed = (compared / "printed").read_text()
+    configs = [line for line in printed.splitlines() if "Config(" in line]
+    assert configs == [*map(str, [base, *arms, base])]               # base: --toy's own student
+    done = json.loads((compared / "out/ablation.json").read_text())
     copies = [numbers["copy"] for numbers in done.values()]
     gap = np.subtract(copies[7::9], copies[::9])                     # of no sink, of Re-DMD
-    row = capsys.readouterr().out.split("no sink - Re-DMD")[-1]
+    row, _ = printed.split("no sink - Re-DMD")[-1].split("\n", 1)
     assert f"copy {gap.mean():.3f} +- {gap.std():.3f}" in row        # of two: error = deviation
 
 
