@@ -75,7 +75,7 @@ class Config:
     dim: int = 96                   # width
     ffn_dim: int = 256              # width inside the feed-forward layers
     layers: int = 12                # transformer blocks
-    freq_dim: int = 64              # sinusoids that encode the noise level
+    freq_dim: int = 64              # sinusoids that encode the noise level; even
     rope_base: float = 10.0         # RoPE wavelengths: from 2 pi up, below 2 pi rope_base positions
     text_dim: int = 32              # features per text token; in the toy: most words it can know
     text_len: int = 4               # text tokens, padding included
@@ -109,7 +109,7 @@ class Config:
     critic_ratio: int = 2           # critic updates per student update
     student_lr: float = 0.003
     critic_lr: float = 0.01
-    momentum: float = 0.5           # of their optimizers; the paper's have none (--adamw)
+    momentum: float = 0.5           # of their optimizers, below 1; the paper's have none
     beta: float = 0.5               # weight = exp(reward / beta); inf is plain DMD
     plain_norm: bool = False        # in Re-DMD the paper's mean square, instead of motion_square
     tilt: bool = False              # weight the critic's loss instead of the student's
@@ -155,16 +155,15 @@ class Config:
         """BadInput, with the mend, for a config that cannot work: so nothing is loaded, let alone
         trained, before the numbers are known to fit each other."""
         # what must be in [0, 1], and what else may be 0, which means none
-        shares = "alpha drop_caption weight_ema".split()
-        others = "sink guidance momentum ema_start seed ode plain_norm tilt shuffle adamw".split()
+        shares = "alpha drop_caption momentum weight_ema".split()
+        others = "sink guidance ema_start seed ode plain_norm tilt shuffle adamw".split()
         units = {
             "dim": 2 * self.heads,                                   # RoPE turns pairs in a head
             "height": 2 * self.stride,                               # a token: 2 x 2 latent pixels
             "width": 2 * self.stride,
             "clip": self.chunk,
             "causal_clip": self.chunk,
-            "sample_steps": self.denoise_steps,
-            "freq_dim": 2}                                           # a cosine and a sine
+            "sample_steps": self.denoise_steps}
         for name, value in vars(self).items():
             check(name == "data" or value > 0 or not value and name in shares + others,
                   f"{name}={value} must be above 0; 0 only where that means none")
@@ -172,9 +171,7 @@ class Config:
             if name in units:                                        # its unit was checked before
                 units_in(name, value, units[name])
         self.chunks_in(self.frames)
-        check(self.momentum < 1, "momentum must be less than 1")
-        check(self.head_dim >= 6, f"heads={self.heads} must split dim={self.dim} into parts of 6 "
-              "or more: 3-D RoPE turns three pairs of channels at least")
+        check(self.head_dim >= 6, f"dim={self.dim} must be 6 heads={self.heads} or more, for RoPE")
         check(self.window >= self.sink + self.chunk, f"window={self.window} cannot hold sink="
               f"{self.sink} and chunk={self.chunk}: try --window {self.sink + 2 * self.chunk}")
 
@@ -215,7 +212,7 @@ def rope_table(cfg, first, frames):
     """
     band = cfg.head_dim // 6
     bands = cfg.head_dim // 2 - 2 * band, band, band                 # 64 -> 22, 21, 21
-    frame = torch.arange(first, first + frames)
+    frame = first + torch.arange(frames)
     grid = torch.cartesian_prod(frame, *map(torch.arange, cfg.grid))
     waves = [waves_of(*pair, cfg.rope_base) for pair in zip(grid.T, bands)]
     return [torch.cat(wave, 1)[:, None].float() for wave in zip(*waves)]
@@ -749,17 +746,16 @@ class ToyWorld:
     """
     def __init__(self, cfg):
         self.cfg = cfg
-        with using(cfg.data, "give another world, made by make.py, or change the flags (--height, "
-                   "--width, --stride, --time-stride, --channels, --clip, --causal-clip, "
-                   "--text-dim)"):
+        with using(cfg.data, "give a world by make.py, in tiny_data or by its full path, that has "
+                   "such latents and at most --text-dim words, or change the flags of its size"):
             file = np.load(TINY_DATA / cfg.data)
             self.captions = file["captions"].tolist()
             self.clips, self.mean, self.to_latent, self.to_patch = (
                 torch.tensor(file[name]) for name in ("clips", "mean", "encode", "decode"))
             self.mean = self.mean[:, None, None]
             frames = max(cfg.clip, cfg.causal_clip)
-            # refused now: latents of another size, or too few
-            self.encode(self.clips[:1, :cfg.time_stride * frames]).expand(1, frames, *cfg.latent)
+            shape = 1, frames * cfg.time_stride, *cfg.latent
+            check(self.encode(self.clips[:1, :frames]).shape == shape, f"latents are not {shape}")
             self.prompts = list(dict.fromkeys(self.captions))
             self.words = sorted(set(" ".join(self.captions).split()))
             self.text(self.prompts)          # refused now: a prompt too long, too many words
@@ -871,12 +867,12 @@ def measure(chunk, video, captions, last=0):
     mask, area, centre = track(frames)
     begun = area[:, :chunk].mean(1, keepdim=True)
     named = torch.tensor([[[shape in caption] for caption in captions]       # (3, B, 1)
-                          for shape in ("circle", "square", "triangle")])
+                          for shape in "circle square triangle".split()])
     overlaps = shape_overlaps(mask, area, centre)                            # (3, B, F)
     quality = (overlaps * named).sum(0)                                      # the captioned one's
     move = centre.diff(dim=1)                                        # NaN where there is no object
     pace = move.norm(dim=2)
-    at_seam = torch.arange(-move.shape[1], 0) % chunk == 0           # frame -L begins a chunk
+    at_seam = torch.arange(video.shape[1])[-last:][1:] % chunk == 0
     segment = max(chunk, frames.shape[1] // 30)
     # pixels of mean 0 and variance 1: the mean of their products is a correlation
     pixels = functional.layer_norm(video.float(), video.shape[2:]).flatten(2)
@@ -1057,7 +1053,8 @@ class Run:
         ends with the same numbers, bit for bit on a CPU.
         """
         self.parts = parts
-        config = vars(self.cfg) | {"frames": Config.frames}          # may differ from run to run
+        # frames may differ from run to run; a number of the world tells it from any other
+        config = vars(self.cfg) | {"frames": Config.frames, "world": self.world.mean[0].item()}
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
@@ -1232,8 +1229,7 @@ def ablate(run):
     path = run.out / "ablation.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     base = run.cfg
-    run.out /= "ablation"                    # of the student in training
-    run.out.mkdir(exist_ok=True)
+    run.rank = 1                             # only rank 0 saves: --out keeps --toy's own student
     rows = []
     for seed, arm in itertools.product(SEEDS, ARMS):
         told = parse(f"--toy --seed {seed} {ARMS[arm]}".split())
@@ -1719,19 +1715,19 @@ def open_student(args):
         cfg = replace(PRESETS["full"], **args.given)
         world = WanWorld(args.wan)
     else:
-        check(not args.given.keys() - "frames alpha sink window seed".split(),
-              "only --frames, --alpha, --sink, --window and --seed may differ from the training's")
+        check(not args.given.keys() - "frames alpha sink window seed data".split(),
+              "only --frames, --alpha, --sink, --window, --seed, --data may differ from training's")
         args.weights = args.out / "checkpoint.pt"
         saved = load_checkpoint(args.weights).get("student")
         check(saved, f"{args.out} holds no student: let --toy go on")
+        del saved["config"]["world"]
         cfg = Config(**saved["config"] | args.given)
         world = ToyWorld(cfg)
-    device = torch.get_default_device()
-    with torch.device("meta" if args.weights else device):           # a file's replace its weights
+    with torch.device("meta" if args.weights else "cpu"):            # a file's replace its weights
         student = VideoTransformer(cfg)
     if args.weights:
         load_weights(student, args.weights)
-    student.to(device, PRECISION if args.full else None)
+    student.to(torch.get_default_device(), PRECISION if args.full else None)
     return student, world, cfg
 
 
@@ -1743,7 +1739,7 @@ def open_clip(path, cfg):
     if len(frames) == 1:
         frames *= (cfg.chunk - 1) * cfg.time_stride + 1
     cfg.chunks_in(len(frames), f"frames in {path}")
-    return torch.tensor(np.stack(frames)).movedim(3, 1)[None]
+    return torch.tensor(np.stack([frames])).movedim(4, 2)
 
 
 def stream(args):
@@ -1829,8 +1825,8 @@ def bench(args):
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
-    check(1 < cfg.chunk < min(cfg.clip, cfg.frames), "training needs --chunk 2 or more, since "
-          "its loss compares frames of a chunk, and --clip and --frames of more than a chunk")
+    check(1 < cfg.chunk < min(cfg.clip, cfg.frames), 
+          "training needs --chunk 2 or more, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg))
     if not args.from_scratch:
         run.state = load_shipped(cfg) | run.state

@@ -125,9 +125,9 @@ def main(path):
                         mean=mean, encode=encode, decode=decode)
 
 
-SETTLED = {             # the fields of Config that a shipped stage settles: with others it is refused
+SETTLED = {             # the fields of Config, and the world, that a shipped stage settles: with others it is refused
     "teacher": "dim ffn_dim heads layers freq_dim rope_base text_dim text_len channels height width stride time_stride "
-               "sigma_shift drop_caption teacher_steps teacher_lr data",
+               "sigma_shift drop_caption teacher_steps teacher_lr world",
     "causal": "chunk denoise_steps causal_clip causal_steps causal_lr ode",
 }
 
