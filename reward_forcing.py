@@ -1720,7 +1720,7 @@ def open_student(args):
         args.weights = args.out / "checkpoint.pt"
         saved = load_checkpoint(args.weights).get("student")
         check(saved, f"{args.out} holds no student: let --toy go on")
-        del saved["config"]["world"]
+        saved["config"].pop("world", None)
         cfg = Config(**saved["config"] | args.given)
         world = ToyWorld(cfg)
     with torch.device("meta" if args.weights else "cpu"):            # a file's replace its weights
