@@ -1058,8 +1058,8 @@ class Run:
         saved = self.state.setdefault(name, {"config": config, "step": 0, "parts": []})
         # of a shipped stage the config has only what it was settled by; step: how many are done
         differ = dict(saved["config"].items() - config.items())
-        check(not differ, f"the {name} in {self.out}, or shipped, was trained with {differ}: match "
-              "it, choose another --out, or add --from-scratch")
+        check(not differ,
+              f"{name} was trained with {differ}: match it, change --out or add --from-scratch")
         for part, old in zip(parts, saved["parts"]):
             part.load_state_dict(tree_map_only(torch.Tensor, self.cut, old))
         self.bar = tqdm(range(saved["step"], steps), name, steps, initial=saved["step"])
@@ -1658,7 +1658,8 @@ def units_in(name, value, unit, missing=0):
 
 PRESETS = {
     "toy": Config(),
-    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800),
+    "scratch": Config(dim=128, heads=8, layers=4, teacher_steps=2000, causal_steps=800,
+                      distill_steps=64),
     "full": Config(                          # Wan2.1-T2V-1.3B and the settings of the paper
         dim=1536, ffn_dim=8960, heads=12, layers=30,
         freq_dim=256, rope_base=10000.0,
@@ -1773,7 +1774,7 @@ def stream(args):
             try:
                 return student.embed_text(world.text([prompt]))
             except BadInput as error:
-                bar.desc = str(error)
+                bar.desc = f"{error}"
 
     def finish(frames):
         pictures = tile(frames, 192 // cfg.width or 1)
@@ -1843,8 +1844,8 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")         # torchrun's
             torch.set_default_device("cuda")                         # here: it slows every call
-        print(f"{torch.get_default_device()}, torch {torch.__version__}; changed from the preset: "
-              f"{args.given}")
+        # given: what is unlike the preset
+        print(f"{torch.get_default_device()}, torch {torch.__version__}; given: {args.given}")
         os.makedirs(args.out, exist_ok=True)
         args.command(args)
         return 0
