@@ -102,10 +102,9 @@ def error(a, b):
 JOBS = {
     "compared": [__file__, "compare"],
     "drawn": [HERE / "tiny_data/make.py", "w.npz"],
-    "trained": [HERE / "reward_forcing.py", "--toy", *TINY.split()],
-    "resumed": [__file__, "resume"],
     "sharded": [*"-m torch.distributed.run --standalone --nproc-per-node 2".split(), __file__,
                 "share"],
+    "toys": [__file__, "resume"],
 }
 
 
@@ -130,9 +129,14 @@ def ended(jobs, name):
 
 
 @fixture(scope="session")
-def trained(jobs):
-    """The folder in which a tiny run left its own."""
-    return ended(jobs, "trained") / "out"
+def toys(jobs):
+    return ended(jobs, "toys")
+
+
+@fixture(scope="session")
+def trained(toys):
+    """What a tiny run left."""
+    return toys / "out"
 
 
 def main(line):
@@ -1278,7 +1282,8 @@ def test_toy_writes_every_file_and_its_losses_fall(trained):
 
 
 def resume():
-    """A run that is killed in every stage, and taken up again."""
+    """A run, and one that is killed in every stage, and taken up again."""
+    assert main(f"--toy {TINY}") == 0
     kills, end = [("student", 16), ("causal", 14), ("teacher", 22)], rf.Run.end_step
 
     def killed(run, step, **numbers):                                # every other step is saved,
@@ -1287,17 +1292,14 @@ def resume():
             raise KeyboardInterrupt
         end(run, step, **numbers)
     rf.Run.end_step = killed
-    assert {main(f"--toy {TINY}") for _ in "abc"} == {130}
-    assert main("--stream --prompt red") == 0                        # as it was saved last
-    assert main(f"--toy {TINY}") == 0
+    line = f"--toy {TINY} --out resumed"
+    assert {main(line) for _ in "abc"} == {130}
+    assert main("--stream --prompt red --out resumed") == 0          # as it was saved last
+    assert main(line) == 0
 
 
-@fixture
-def resumed(jobs):
-    return ended(jobs, "resumed") / "out"
-
-
-def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(resumed, trained):
+def test_resume_after_a_kill_in_every_stage_is_bitwise_equal(toys, trained):
+    resumed = toys / "resumed"
     for name in "metrics.json", "log.jsonl":
         assert (resumed / name).read_text() == (trained / name).read_text()
     assert same(*(torch.load(out / "checkpoint.pt") for out in (resumed, trained)))
