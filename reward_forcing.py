@@ -1826,7 +1826,7 @@ def bench(args):
 def toy(args):
     """train what --out lacks, in the toy's world; then measure and draw, or compare"""
     cfg = replace(PRESETS["scratch" if args.from_scratch else "toy"], **args.given)
-    check(1 < cfg.chunk < min(cfg.clip, cfg.frames), 
+    check(1 < cfg.chunk < min(cfg.clip, cfg.frames),
           "training needs --chunk 2 or more, and --clip and --frames of more than a chunk")
     run = Run(cfg, args.out, ToyWorld(cfg))
     if not args.from_scratch:
